@@ -139,9 +139,8 @@ async def running(
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
     metrics, catalogue = Metrics(), load_catalogue(settings.catalogue)
-    opened_validator = open_validator(
-        settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels
-    )
+    limits = settings.max_image_bytes, settings.max_image_pixels
+    opened_validator = open_validator(settings.decode_concurrency, *limits)
     async with open_resources(settings, metrics) as resources, opened_validator as validator:
         sinks = open_sinks(settings) if role.workers else []
         publishers = {sink.name: BrokerWorker(resources, sink) for sink in sinks}
@@ -173,8 +172,7 @@ async def running(
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-            unfinished = await pool.stop(stopping.left())
-            log.info("service.stopped", role=role.name, unfinished=unfinished)
+            log.info("service.stopped", role=role.name, unfinished=await pool.stop(stopping.left()))
 
 
 def make_context(
@@ -274,6 +272,8 @@ async def serve(
             await stack.enter_async_context(listening(metrics_port, stop))
         server = Server(create_app(context, role), bound, settings.stop_s, context.gate)
         await stack.enter_async_context(listening(server, stop))
+        if role.workers:
+            context.files.validator.warm()
         if ready is not None:
             await ready(context)
         garbage.settle()
@@ -282,5 +282,4 @@ async def serve(
         notify("STOPPING=1")
         context.quiesce()
         # Callbacks are still accepted: the next process is not there before this one has ended.
-        left = await context.drained()
-        server.config.timeout_graceful_shutdown = max(1, round(left))
+        server.config.timeout_graceful_shutdown = max(1, round(await context.drained()))

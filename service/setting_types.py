@@ -1,6 +1,8 @@
 """Types of the settings: what a variable may contain."""
 
+import os
 import re
+import sys
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
@@ -215,3 +217,9 @@ def log_value(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def spare_cores() -> int:
+    """The cores that this process may use, without one for its event loop. At least one."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return max(1, (cores or 1) - 1)

@@ -116,7 +116,7 @@ class Settings(BaseModel):
     """Waits between attempts of a download. The last wait repeats."""
     download_concurrency: types.Slots = 16
     """Concurrent downloads."""
-    decode_concurrency: types.Slots = 1
+    decode_concurrency: types.Slots = Field(default_factory=types.spare_cores)
     """Images decoded at once. Each takes up to 24 bytes a pixel and three times its file size."""
     max_image_bytes: int = Field(52_428_800, ge=1024)
     """Largest result that the service stores, in bytes."""

@@ -42,6 +42,7 @@ class Incoming:
     """
 
     path: Path
+    local: bool = False  # it becomes the blob itself
     size: int = 0
 
     async def write(self, data: bytes) -> None:
@@ -50,6 +51,13 @@ class Incoming:
         """
         await in_thread(append, self.path, data)
         self.size += len(data)
+
+    async def sync(self) -> None:
+        """Syncs what is written so far, while the image is decoded. `put` then has less to wait
+        for, and promises the same without it. BlobUnavailable.
+        """
+        if self.local:
+            await in_thread(sync_data, self.path)
 
 
 class Blobs(Protocol):
@@ -96,12 +104,12 @@ def check_name(name: str) -> str:
 
 
 @asynccontextmanager
-async def incoming_in(folder: Path) -> AsyncIterator[Incoming]:
+async def incoming_in(folder: Path, *, local: bool = False) -> AsyncIterator[Incoming]:
     """A new file in the folder. It is removed at the exit, unless it was moved. BlobUnavailable."""
     path = folder / token_hex(16)
     try:
         await in_thread(create, path)
-        yield Incoming(path)
+        yield Incoming(path, local)
     finally:
         with suppress(BlobUnavailable):  # the next start removes it
             await in_thread(path.unlink, True)
@@ -136,6 +144,11 @@ def append(path: Path, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+
+
+def sync_data(path: Path) -> None:
+    with opened(path, os.O_RDONLY) as descriptor:
+        (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
 
 
 @contextmanager

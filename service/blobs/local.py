@@ -24,6 +24,7 @@ from service.blobs.blob_store import (
     incoming_in,
     opened,
     remove_leftovers,
+    sync_data,
 )
 from service.errors import BlobMissing
 from service.folders import make_folder, sync
@@ -50,7 +51,7 @@ class LocalBlobs:
         return blobs
 
     def incoming(self) -> AbstractAsyncContextManager[Incoming]:
-        return incoming_in(self.root / INCOMING)
+        return incoming_in(self.root / INCOMING, local=True)
 
     async def put(self, incoming: Incoming, name: str, media_type: str) -> None:
         await in_thread(keep, incoming.path, self._path(name), self.root)
@@ -93,8 +94,7 @@ def prepare(root: Path, spare: float) -> None:
 
 
 def keep(source: Path, target: Path, root: Path) -> None:
-    with opened(source, os.O_RDONLY) as descriptor:
-        (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
+    sync_data(source)
     rename(source, target)
     # Every folder up to the root, also one that exists: a second `put` may have made it without
     # having synced it yet.

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from service.db import schema
 from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import steady_ns, wall_clock
-from service.db.failover import connecting
+from service.db.failover import CHANNEL, connecting
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
 from service.fair_places import FairPlaces
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 COMMITTERS = 3
 READERS = 5
-CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit of a notification
+HINT_BYTES = 7999  # PostgreSQL's limit of a notification
 WATCH_AGAIN_S = 1.0
 STALLED_MS = 10_000
 STALLED_LOOK_S = 5.0
@@ -56,7 +56,6 @@ MIGRATION_UNLIMITED = ("lock_timeout", "statement_timeout")
 TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150
 LOCKED, NOT_YET = "55P03", "57P03"  # another session has the table; the server is starting up
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": no other program in this database takes it
-NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
 # An acknowledged commit outlives the server, whatever default the role, the database or the server
 # has. Every session sets it, because a default may change while the session lasts.
 DURABLE = """SELECT set_config('synchronous_commit',
@@ -98,13 +97,15 @@ class PostgresStore(BatchingStore):
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Run]:
         async with self._engine.begin() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            driver.hint = None
 
             async def run(
                 function: Callable[..., tuple[list[Any], Transaction]], *args: Any
             ) -> tuple[list[Any], Transaction]:
                 results, tx = await connection.run_sync(function, *args)
-                if tx.touched or tx.emitted or tx.due:
-                    await connection.execute(NOTIFY, {"hint": self._hint(tx)})
+                known = tx.touched or tx.emitted or tx.due
+                driver.hint = self._hint(tx) if known else None
                 return results, tx
 
             yield run

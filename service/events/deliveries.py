@@ -1,6 +1,6 @@
 """Deliveries: what an attempt needs, and the record of what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,33 +11,12 @@ from service.db.tables import attempts, deliveries, endpoints, events, owners, t
 from service.db.transaction import Lease, Transaction
 from service.events import failures, outbox
 from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
+from service.events.outbox import DeliveryToSend
 from service.ids import rfc3339
-from service.ops.tracing import NO_ORIGIN, Origin
+from service.ops.tracing import Origin
 from service.queue import leases
 
 ATTEMPTS = 200  # of a delivery, in an answer
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryToSend:
-    """A delivery with all that an attempt needs.
-
-    `url` None: the endpoint or the task is gone. `secret` None: the owner has no callback secret
-    yet. `event` None: retention has deleted it.
-    """
-
-    id: str
-    owner: str
-    endpoint_id: str | None  # None: the task's own callback_url
-    task_id: str | None
-    state: str  # pending | delivered | dead
-    url: str | None
-    secret: bytes | None  # encrypted
-    endpoint_status: str | None
-    paused_until: int | None
-    event: Row | None
-    planned_at: int | None = None  # when a delivery that was brought forward was due
-    origin: Origin = NO_ORIGIN  # of the task
 
 
 ORIGIN = tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent
@@ -137,11 +116,14 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     """Records attempts. False: the lease had ended. The attempt is kept, and the holder of the
     next lease decides about the delivery.
     """
-    mine = deliveries.c.id.in_([item.lease.key for item in items])
-    locked = select(deliveries).where(mine).order_by(deliveries.c.id).with_for_update()
-    rows = {row["id"]: row for row in tx.connection.execute(locked).mappings()}
+    found = _lock_deliveries(tx.connection, items)
+    rows, known = {row["id"]: row for row in found}, {row["known_attempt"] for row in found}
     made = [(rows[item.lease.key], item.attempt) for item in items if item.lease.key in rows]
-    _insert_attempts(tx, [(row, attempt) for row, attempt in made if attempt is not None])
+    _insert_attempts(tx, [(row, each) for row, each in made if each and each.id not in known])
+    # A success changes no endpoint that did not fail before, nor in this batch.
+    failed = {item.lease.key for item in items if item.result != "delivered"}
+    uncalm = {row["endpoint_id"] for row in found if row["failing_since"] or row["id"] in failed}
+    calm = {row["endpoint_id"] for row in found} - uncalm
     results = []
     for item in items:
         row = rows.get(item.lease.key)
@@ -149,19 +131,30 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
         if item.wake:
             tx.due.add(item.lease.stage)
         if row is not None and held:
-            _record(tx, row, item)
+            _record(tx, row, item, calm)
             del rows[item.lease.key]  # its lease has ended
         results.append(held)
     return results
 
 
-def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]]) -> bool:
-    """Inserts attempts that are not there yet. False: there is none to insert.
-
-    An operation runs again if the answer to its commit was lost.
+def _lock_deliveries(connection: Connection, items: Sequence[DeliveryOutcome]) -> list[Row]:
+    """The deliveries, locked, with those of the attempts that are there already: an operation runs
+    again if the answer to its commit was lost. The endpoint's `failing_since` is not locked.
     """
-    mine = attempts.c.id.in_([attempt.id for _, attempt in made])
-    known = tx.connection.execute(select(attempts.c.id).where(mine)).scalars().all() if made else ()
+    tried = [item.attempt.id for item in items if item.attempt]
+    known = and_(attempts.c.delivery_id == deliveries.c.id, attempts.c.id.in_(tried))
+    endpoint = endpoints.c.id == deliveries.c.endpoint_id
+    statement = (
+        select(deliveries, attempts.c.id.label("known_attempt"), endpoints.c.failing_since)
+        .select_from(deliveries.outerjoin(attempts, known).outerjoin(endpoints, endpoint))
+        .where(deliveries.c.id.in_([item.lease.key for item in items]))
+        .order_by(deliveries.c.id)
+        .with_for_update(of=deliveries)
+    )
+    return list(connection.execute(statement).mappings())
+
+
+def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]]) -> None:
     rows = [
         {
             "delivery_id": row["id"],
@@ -170,14 +163,12 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
             **{name: getattr(attempt, name) for name in COLUMNS},
         }
         for row, attempt in made
-        if attempt.id not in known
     ]
     if rows:
         tx.connection.execute(insert(attempts), rows)
-    return bool(rows)
 
 
-def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
+def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[str]) -> None:
     result, endpoint_id, endpoint = item.result, row["endpoint_id"], None
     if result in ("gone", "held") and endpoint_id is not None:
         endpoint = lock_endpoint(tx, endpoint_id)
@@ -203,6 +194,8 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
         _emit_exhausted(tx, row)
     if attempt is not None and endpoint_id is not None and not attempt.ours:
         more = row["planned_at"] is not None
+        if endpoint_id in calm and not more:
+            return
         _record_on_endpoint(tx, endpoint_id, result, attempt, item.disable_after_ms, more=more)
 
 
@@ -222,8 +215,10 @@ def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> l
         mine = deliveries.c.id == item.delivery_id
         found = tx.connection.execute(select(deliveries).where(mine).with_for_update()).mappings()
         row = found.first()
-        if row is None or not _insert_attempts(tx, [(row, item.attempt)]):
+        known = select(attempts.c.id).where(attempts.c.id == item.attempt.id)
+        if row is None or tx.connection.scalar(known) is not None:
             continue
+        _insert_attempts(tx, [(row, item.attempt)])
         gone = item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
         values: dict[str, Any] = {}
         if item.result == "delivered" or gone:

@@ -14,12 +14,12 @@ from service.errors import StoreUnavailable
 from service.events.deliveries import (
     DeliveryAttempt,
     DeliveryOutcome,
-    DeliveryToSend,
     ManualAttempt,
     delivery_to_send,
     record_attempts,
     record_manual_attempts,
 )
+from service.events.outbox import DeliveryToSend
 from service.events.webhooks import WebhookSender
 from service.ops import tracing
 from service.queue import leases
@@ -47,7 +47,9 @@ class DeliveryWorker:
 
     async def run(self, lease: Lease) -> None:
         store = self.sender.resources.store
-        delivery = await store.read(delivery_to_send, lease.key)
+        delivery: DeliveryToSend | None = lease.row
+        if delivery is None:
+            delivery = await store.read(delivery_to_send, lease.key)
         if delivery is None or delivery.state != "pending":
             await store.write(leases.done, lease)
             return

@@ -5,11 +5,13 @@ visible in the order of their sequence, and a reader that continues after the la
 misses none, with any number of writers.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from sqlalchemy import RowMapping, insert, or_, select, update
 
+from service.db.paging import Row
 from service.db.tables import counters, deliveries, endpoints, events, steps, tasks
 from service.db.transaction import Emitted, Lease, Transaction
 from service.events.documents import type_matches
@@ -24,6 +26,29 @@ log = structlog.get_logger()
 
 OPERATORS = "admin"
 COLUMNS = ("sequence", "id", "owner", "type", "task_id", "called_back_at", "data")
+SUBSCRIBER = ("id", "owner", "types", "url", "secret", "status", "paused_until")
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryToSend:
+    """A delivery with all that an attempt needs.
+
+    `url` None: the endpoint or the task is gone. `secret` None: the owner has no callback secret
+    yet. `event` None: retention has deleted it.
+    """
+
+    id: str
+    owner: str
+    endpoint_id: str | None  # None: the task's own callback_url
+    task_id: str | None
+    state: str  # pending | delivered | dead
+    url: str | None
+    secret: bytes | None  # encrypted
+    endpoint_status: str | None
+    paused_until: int | None
+    event: Row | None
+    planned_at: int | None = None  # when a delivery that was brought forward was due
+    origin: Origin = NO_ORIGIN  # of the task
 
 
 def emit(
@@ -67,25 +92,28 @@ def flush(tx: Transaction) -> None:
     if not tx.emitted:
         return
     subscribers = _subscribers(tx)
-    rows = [row for event in tx.emitted for row in _deliveries(tx, event, subscribers)]
     _find_origins(tx)
+    event_rows = [
+        {name: getattr(event, name) for name in COLUMNS}
+        | {"terminal": event.terminal or None, "time": tx.now}
+        | {"traceparent": origin_of(tx, event.task_id).traceparent}
+        for event in tx.emitted
+    ]
+    rows = [
+        row
+        for event, event_row in zip(tx.emitted, event_rows, strict=True)
+        for row in _deliveries(tx, event, event_row, subscribers)
+    ]
     last = tx.connection.execute(
         update(counters)
         .where(counters.c.name == "events")
         .values(value=counters.c.value + len(tx.emitted))
         .returning(counters.c.value)
     ).scalar_one()
-    for sequence, event in enumerate(tx.emitted, last - len(tx.emitted) + 1):
-        event.sequence = sequence
-    tx.connection.execute(
-        insert(events),
-        [
-            {name: getattr(event, name) for name in COLUMNS}
-            | {"terminal": event.terminal or None, "time": tx.now}
-            | {"traceparent": origin_of(tx, event.task_id).traceparent}
-            for event in tx.emitted
-        ],
-    )
+    first = last - len(tx.emitted) + 1
+    for sequence, (event, event_row) in enumerate(zip(tx.emitted, event_rows, strict=True), first):
+        event.sequence = event_row["sequence"] = sequence
+    tx.connection.execute(insert(events), event_rows)
     if rows:
         tx.connection.execute(insert(deliveries), rows)
 
@@ -105,7 +133,7 @@ def _find_origins(tx: Transaction) -> None:
 
 def _subscribers(tx: Transaction) -> list[RowMapping]:
     owners = {event.owner for event in tx.emitted}
-    statement = select(endpoints.c.id, endpoints.c.owner, endpoints.c.types).where(
+    statement = select(*(endpoints.c[name] for name in SUBSCRIBER)).where(
         endpoints.c.status != "disabled",
         or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners)),
     )
@@ -113,10 +141,10 @@ def _subscribers(tx: Transaction) -> list[RowMapping]:
 
 
 def _deliveries(
-    tx: Transaction, event: Emitted, subscribers: list[RowMapping]
+    tx: Transaction, event: Emitted, event_row: JSON, subscribers: list[RowMapping]
 ) -> list[dict[str, Any]]:
-    targets: list[tuple[str | None, str]] = [
-        (endpoint["id"], endpoint["owner"] or OPERATORS)
+    targets: list[tuple[RowMapping | None, str]] = [
+        (endpoint, endpoint["owner"] or OPERATORS)
         for endpoint in subscribers
         if endpoint["owner"] in (None, event.owner)
         and any(type_matches(pattern, event.type) for pattern in endpoint["types"])
@@ -124,18 +152,31 @@ def _deliveries(
     if event.task_callback:
         targets.append((None, event.owner))
     rows = []
-    for endpoint_id, owner in targets:
+    for endpoint, owner in targets:
         delivery_id = tx.id("delivery")
         row = {
             "id": delivery_id,
             "owner": owner,
-            "endpoint_id": endpoint_id,
+            "endpoint_id": endpoint and endpoint["id"],
             "event_id": event.id,
             "task_id": event.task_id,
             "state": "pending",
             "created_at": tx.now,
         }
-        rows.append(row | leases.enqueue(tx, "deliver", delivery_id, owner=owner))
+        new = endpoint and DeliveryToSend(
+            id=delivery_id,
+            owner=owner,
+            endpoint_id=endpoint["id"],
+            task_id=event.task_id,
+            state="pending",
+            url=endpoint["url"],
+            secret=endpoint["secret"],
+            endpoint_status=endpoint["status"],
+            paused_until=endpoint["paused_until"],
+            event=event_row,
+            origin=origin_of(tx, event.task_id),
+        )
+        rows.append(row | leases.enqueue(tx, "deliver", delivery_id, new, owner=owner))
     event.deliveries = len(rows)
     return rows
 

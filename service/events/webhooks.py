@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from service.db.paging import Row
 from service.errors import ConfigurationError, EgressError, NoPlace, NoRoute
-from service.events.deliveries import DeliveryAttempt, DeliveryToSend
+from service.events.deliveries import DeliveryAttempt
 from service.events.documents import event_document
+from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
 from service.net import Egress
 from service.net.retry_after import retry_after

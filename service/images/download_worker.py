@@ -9,6 +9,7 @@ bytes per pixel of the largest image (16 for WEBP, 12 for JPEG, 6 for PNG). With
 that is 1.8 GiB, which is freed afterwards.
 """
 
+import asyncio
 import hashlib
 import time
 from contextlib import suppress
@@ -37,6 +38,7 @@ from service.images.validator import ImageValidator, InvalidImage, Validation
 from service.links import is_data, usable
 from service.net.retry_after import retry_after
 from service.ops import tracing
+from service.ops.tracing import NO_ORIGIN
 from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
@@ -69,7 +71,9 @@ class DownloadWorker:
     min_free_bytes: int
 
     async def run(self, lease: Lease) -> None:
-        row, origin = await self.resources.store.read(image_and_origin, lease.key)
+        row, origin = lease.row if isinstance(lease.row, tuple) else (None, NO_ORIGIN)
+        if row is None:
+            row, origin = await self.resources.store.read(image_and_origin, lease.key)
         if row is None or row.state != "pending":
             await self.resources.store.write(leases.done, lease)
             return
@@ -99,7 +103,8 @@ class DownloadWorker:
         if not isinstance(fetched, Fetched):
             return fetched
         checkpoint("download.fetched")
-        found = await self.validator.validate(file.path, compressed=fetched.compressed)
+        validating = self.validator.validate(file.path, compressed=fetched.compressed)
+        found, _ = await asyncio.gather(validating, file.sync())
         image, sha256 = found.result, found.sha256
         if isinstance(image, InvalidImage):
             if fetched.cut is not None and not image.final:

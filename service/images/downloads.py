@@ -1,10 +1,10 @@
 """Images in the store: what a download reads, and how its outcome is recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, or_, select, update
+from sqlalchemy import Connection, and_, func, or_, select, update
 
 from service.db.tables import images
 from service.db.tables import tasks as task_table
@@ -151,13 +151,37 @@ def record_downloads(tx: Transaction, items: Sequence[Download]) -> list[str | N
     """
     tasks = lock(tx, (item.task_id for item in items))
     ids = [item.lease.key for item in items]
-    statement = select_images(images.c.id.in_(ids)).order_by(images.c.id).with_for_update()
-    rows = {row.id: row for row in image_rows(tx.connection, statement)}
-    return [_record(tx, tasks.get(item.task_id), rows.get(item.lease.key), item) for item in items]
+    rows, of_task = lock_images(tx.connection, ids)
+    return [
+        _record(tx, tasks.get(item.task_id), rows.get(item.lease.key), item, of_task)
+        for item in items
+    ]
+
+
+def lock_images(
+    connection: Connection, ids: Sequence[str]
+) -> tuple[dict[str, ImageRow], dict[str, list[ImageRow]]]:
+    """Locked images by their id, and by task where these are all images of the task."""
+    other = images.alias()
+    number = select(func.count()).where(other.c.task_id == images.c.task_id).scalar_subquery()
+    locked = select_images(images.c.id.in_(ids)).add_columns(number)
+    rows, numbers = {}, {}
+    for *values, count in connection.execute(locked.order_by(images.c.id).with_for_update()):
+        row = ImageRow(*values)
+        rows[row.id], numbers[row.task_id] = row, count
+    of_task: dict[str, list[ImageRow]] = {}
+    for row in rows.values():
+        of_task.setdefault(row.task_id, []).append(row)
+    whole = {key: mine for key, mine in of_task.items() if len(mine) == numbers[key]}
+    return rows, whole
 
 
 def _record(
-    tx: Transaction, task: TaskRow | None, row: ImageRow | None, item: Download
+    tx: Transaction,
+    task: TaskRow | None,
+    row: ImageRow | None,
+    item: Download,
+    of_task: Mapping[str, list[ImageRow]],
 ) -> str | None:
     if row is None or task is None or not leases.holds(item.lease, row):
         return None
@@ -185,7 +209,7 @@ def _record(
         if (retry.stale or retry.unreadable) and task.settled_digest is not None:
             ask(tx, task)
     change(tx, row, **leases.release("download", due_at))
-    finish_if_done(tx, task)
+    finish_if_done(tx, task, of_task.get(task.id))
     return row.state
 
 

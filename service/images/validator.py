@@ -69,12 +69,19 @@ class Validation:
 
 
 class ImageValidator:
-    """Validates `concurrency` files at once. A child is started when it is first needed."""
+    """Validates `concurrency` files at once. A child is started when it is first needed, and the
+    first one by `warm`.
+    """
 
     def __init__(self, concurrency: int, max_bytes: int, max_pixels: int) -> None:
         self._places = FairPlaces(concurrency, rest=0)
         self._limits = max_bytes, max_pixels
         self.idle: list[subprocess.Popen[bytes]] = []
+
+    def warm(self) -> None:
+        """Starts a child, so that the first image does not wait for its imports."""
+        with suppress(BlobUnavailable):
+            self.idle.append(start(*self._limits))
 
     async def validate(
         self, path: Path, *, compressed: bool = False, flatten: bool | None = None

@@ -3,20 +3,16 @@ checks the fence.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from itertools import compress
 from typing import Any
 
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
-    Connection,
     Select,
     and_,
     bindparam,
     case,
-    func,
     or_,
     select,
     update,
@@ -43,7 +39,13 @@ LONGEST_WAIT_MS = 320_000
 
 
 def enqueue(
-    tx: Transaction, stage: str, key: str, *, owner: str = "", behind: bool = False
+    tx: Transaction,
+    stage: str,
+    key: str,
+    row: object = None,
+    *,
+    owner: str = "",
+    behind: bool = False,
 ) -> dict[str, Any]:
     """Values of a new row that is due now. This process leases it if it has a free slot for the
     owner, unless other rows must go first (`behind`).
@@ -58,7 +60,7 @@ def enqueue(
     if behind:
         tx.due.add(stage)
     elif take_slot(tx, stage, owner):
-        values |= _lease(tx, stage, key, 1, owner)
+        values |= _lease(tx, stage, key, 1, row, owner)
     return _prefixed(stage, values)
 
 
@@ -71,12 +73,14 @@ def requeue(tx: Transaction, stage: str, key: str, row: object) -> dict[str, Any
         return _prefixed(stage, {"due_at": tx.now})
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
     if take_slot(tx, stage):
-        values |= _lease(tx, stage, key, _value(stage, row, "fence") + 1)
+        values |= _lease(tx, stage, key, _value(stage, row, "fence") + 1, row)
     return _prefixed(stage, values)
 
 
-def _lease(tx: Transaction, stage: str, key: str, fence: int, owner: str = "") -> dict[str, Any]:
-    tx.leased.append(Lease(stage, key, fence, 1, owner))
+def _lease(
+    tx: Transaction, stage: str, key: str, fence: int, row: object, owner: str = ""
+) -> dict[str, Any]:
+    tx.leased.append(Lease(stage, key, fence, 1, owner, row))
     until = tx.now + LEASE_MS
     return {"lease_until": until, "lease_owner": tx.process, "fence": fence, "attempts": 1}
 
@@ -139,30 +143,6 @@ def claim_candidate(tx: Transaction, stage: str) -> tuple[Lease, int] | None:
     return None if row is None else (Lease(stage, *row[:-1]), row[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """The stages of which `claim` would lease a row, those of which `claim_candidate` would, and
-    the first due time that is still to come. Rows under a lease count by their due time.
-    """
-
-    ready: frozenset[str]
-    candidates: frozenset[str]
-    next_due: int | None
-
-
-def outlook(connection: Connection, now: int) -> Outlook:
-    """One statement, which a quiet process repeats."""
-    bound = {"now": now, "longest": now + LONGEST_LEASE_MS, "free": 1}
-    row = connection.execute(_outlook(), bound).one()
-    count = len(QUEUES)
-    ready, candidates, dues = row[:count], row[count : 2 * count], row[2 * count :]
-    return Outlook(
-        frozenset(compress(QUEUES, ready)),
-        frozenset(compress(QUEUES, candidates)),
-        min((due for due in dues if due is not None), default=None),
-    )
-
-
 def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
     return {
         "now": tx.now,
@@ -174,21 +154,7 @@ def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
 
 
 @cache
-def _outlook() -> Select[Any]:
-    columns: list[ColumnElement[Any]] = []
-    for candidate in (False, True):
-        ready = (_ready(queue, candidate=candidate) for queue in QUEUES.values())
-        columns += [rows.exists() for rows in ready]
-    for queue in QUEUES.values():
-        due = queue.column("due_at")
-        later = select(func.min(due)).where(due > bindparam("now"))
-        later = later if queue.where is None else later.where(queue.where)
-        columns.append(later.scalar_subquery())
-    return select(*columns)
-
-
-@cache
-def _ready(queue: Queue, *, candidate: bool, passing: bool = False) -> Select[Any]:
+def ready_rows(queue: Queue, *, candidate: bool, passing: bool = False) -> Select[Any]:
     """The rows that may be claimed, in the order of their queue. `passing` over some owners'."""
     until, crashes = queue.column("lease_until"), queue.column("deaths")
     now: BindParameter[int] = bindparam("now")
@@ -231,7 +197,7 @@ def _claiming(
         values[queue.column("due_at")] = now + wait
     # Materialised: a plan that runs the subquery once for each row leases more rows than `free`.
     chosen = (
-        _ready(queue, candidate=candidate, passing=passing)
+        ready_rows(queue, candidate=candidate, passing=passing)
         .with_for_update(skip_locked=True)
         .cte("ready")
         .prefix_with("MATERIALIZED")

@@ -23,7 +23,8 @@ from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
-from service.queue.leases import RENEW_S, claim, give_back, outlook, renew, snooze
+from service.queue.leases import RENEW_S, claim, give_back, renew, snooze
+from service.queue.outlook import outlook
 from service.queue.stage import Stage, log_failure, log_parked
 
 LOOK_S = 0.5  # how long work of this process may wait without a hint

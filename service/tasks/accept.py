@@ -271,10 +271,10 @@ def insert_tasks(
             existing[key] = Inserted(item.id, False, item.idempotency_hash)
             item.created_at, item.submit_turn = tx.now, queue.next_turn(item.owner)
             columns = {name: getattr(item, name) for name in TaskRow.__slots__}
-            lease = leases.enqueue(tx, "submit", item.id, behind=queue.behind)
+            lease = leases.enqueue(tx, "submit", item.id, item, behind=queue.behind)
             tx.insert(tasks, columns | lease)
             tx.step(item.id, "task.queued", model=item.model)
-            entered(tx, item)
+            entered(tx, item, new=True)
         results.append(earlier)
     return results
 

@@ -73,9 +73,7 @@ class ConfirmWorker:
 
     async def run(self, lease: Lease) -> None:
         store = self.resources.store
-        row, callback = await store.read(task_queries.settling, lease.key)
-        if row is not None:
-            tracing.work_for(row.origin, owner=row.owner)
+        row, callback = await self._task(lease)
         if row is None or (row.upstream_id is None and row.state is not State.SUBMITTED):
             await store.write(leases.done, lease)
             return
@@ -121,6 +119,18 @@ class ConfirmWorker:
                 log.warning("task.results_awaited", **figures)
             else:
                 log.info("task.confirmed", **figures)
+
+    async def _task(self, lease: Lease) -> tuple[TaskRow | None, bytes | None]:
+        """The task, and the body of its first terminal callback, which only a worker without a
+        confirming query needs.
+        """
+        row: TaskRow | None = lease.row
+        body: bytes | None = b""
+        if not self.confirm or row is None or row.called_back_at is None:
+            row, body = await self.resources.store.read(task_queries.settling, lease.key)
+        if row is not None:
+            tracing.work_for(row.origin, owner=row.owner)
+        return row, body
 
     async def _answer(self, lease: Lease, row: TaskRow, callback: bytes | None) -> QueryOutcome:
         """Raises NoPlace if a reconciling query found no slot in time. A callback may ask for the

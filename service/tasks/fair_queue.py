@@ -27,8 +27,9 @@ class FairQueue:
         self._connection = tx.connection
         free = or_(lease.is_(None), lease <= tx.now)
         ready = select(turn).where(due <= tx.now, free).order_by(turn).limit(1)
-        first = self._connection.scalar(ready.where(unsent, untried))
-        self.behind = first is not None or self._connection.scalar(ready) is not None
+        looks = ready.where(unsent, untried).scalar_subquery(), ready.scalar_subquery()
+        first, any_ready = self._connection.execute(select(*looks)).one()
+        self.behind = any_ready is not None
         self._reached: int = self._idle(free) if first is None else first
         self._last: dict[str, int] = {}
 

@@ -37,22 +37,34 @@ class LedgerEntry:
     source: str
 
 
-def entered(tx: Transaction, row: TaskRow, source: str | None = None) -> None:
-    """Has the entries of a locked task written when the transaction ends. `source` None: no report
-    of the upstream caused this, unless an earlier call in the transaction says so.
+def cost(row: TaskRow) -> tuple[object, ...]:
+    """All that `missing` depends on, beside the entries. While it stays, no entry is missing."""
+    closed = row.terminal and row.settle_due_at is None
+    held = row.credits_estimated if row.credits_reserved is None else row.credits_reserved
+    completed = closed and row.upstream_status is Status.COMPLETED
+    over = row.terminal and row.state is not State.CANCELLED
+    return closed, over, held, row.credits_used, row.credits_refunded, completed
+
+
+def entered(tx: Transaction, row: TaskRow, source: str | None = None, *, new: bool = False) -> None:
+    """Has the entries of a locked task written when the transaction ends, if its cost changed or
+    the task is `new`. `source` None: no report of the upstream caused this, unless an earlier call
+    in the transaction says so.
     """
-    earlier = tx.deferred.get(post, {}).get(row.id)
-    tx.defer(post, row.id, (row, source or (earlier[1] if earlier else None)))
+    _, earlier, was_new = tx.deferred.get(post, {}).get(row.id, (row, None, False))
+    tx.defer(post, row.id, (row, source or earlier, new or was_new))
 
 
-def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None]]) -> None:
+def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]]) -> None:
     """Appends the missing entries of these tasks."""
-    sums = booked(tx.connection, list(items))
+    changed = [task_id for task_id, item in items.items() if task_id in tx.costs and not item[2]]
+    sums = booked(tx.connection, changed) if changed else {}
     rows = [
         {"id": tx.id("entry"), "time": tx.now, "task_id": row.id}
         | {name: getattr(row, name) for name in COLUMNS}
         | {"kind": entry.kind, "credits": entry.credits, "source": entry.source}
-        for row, source in items.values()
+        for task_id, (row, source, new) in items.items()
+        if new or task_id in tx.costs
         for entry in missing(row, sums.get(row.id, NO_SUMS), source or "operator")
     ]
     if not rows:
@@ -65,7 +77,7 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None]]) -> No
         row["sequence"] = sequence
     tx.connection.execute(insert(ledger), rows)
     tx.posted += rows
-    tx.origins |= {row.id: row.origin for row, _ in items.values()}
+    tx.origins |= {row.id: row.origin for row, *_ in items.values()}
 
 
 def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, int]]:

@@ -1,6 +1,7 @@
 """The results of a task: expected, confirmed, finished."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -11,6 +12,7 @@ from service.db.transaction import Transaction
 from service.events import outbox
 from service.links import usable
 from service.queue import leases
+from service.strict_json import JSON
 from service.tasks.rows import ImageRow, TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.transitions import change, end, task_error
@@ -44,8 +46,9 @@ def _positions(tx: Transaction, task_id: str) -> set[int]:
 
 def expect(
     tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int, *, last: bool = True
-) -> None:
+) -> list[ImageRow]:
     """Makes the rows of `images` agree with the results of a query, in the upstream's order.
+    Returns the rows as they are then.
 
     A row that a callback named is confirmed if the address is the same, and fetched anew if not. A
     confirmed row keeps its outcome, but a missing image gets the fresh link. The link lives
@@ -58,20 +61,24 @@ def expect(
     last_ms = (task.submitted_at or task.created_at) + LIVES * ttl_ms
     statement = select_images(images.c.task_id == task.id).with_for_update()
     rows = {row.position: row for row in image_rows(tx.connection, statement)}
+    kept: list[ImageRow] = []
     for position, url in enumerate(urls):
         row = rows.pop(position, None)
+        kept += [] if row is None else [row]
         if row is not None and not usable(url):
             if last and not row.confirmed:
                 _renew(tx, row, row.source_url, row.link_dies_at)
         elif row is None:
             if last or usable(url):
-                _insert(tx, task, position, url, confirmed=True, ttl_ms=ttl_ms)
+                kept.append(_insert(tx, task, position, url, confirmed=True, ttl_ms=ttl_ms))
         elif row.confirmed or row.source_url == url:
             _renew(tx, row, url, min(tx.now + ttl_ms, last_ms))
         else:
             _replace(tx, row, url, tx.now + ttl_ms)
-    if last and (invented := [row.id for row in rows.values() if not row.confirmed]):
+    invented = [row.id for row in rows.values() if last and not row.confirmed]
+    if invented:
         tx.connection.execute(delete(images).where(images.c.id.in_(invented)))
+    return kept + [row for row in rows.values() if row.id not in invented]
 
 
 def _renew(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
@@ -117,9 +124,9 @@ def forget_failures(tx: Transaction, row: ImageRow) -> None:
 
 def _insert(
     tx: Transaction, task: TaskRow, position: int, url: str, *, confirmed: bool, ttl_ms: int
-) -> None:
+) -> ImageRow:
     image_id = tx.id("image")
-    row = {
+    values: JSON = {
         "id": image_id,
         "task_id": task.id,
         "owner": task.owner,
@@ -129,7 +136,9 @@ def _insert(
         "source_url": url,
         "link_dies_at": tx.now + ttl_ms,
     }
-    tx.insert(images, row | leases.enqueue(tx, "download", image_id))
+    row = ImageRow(**values)
+    tx.insert(images, values | leases.enqueue(tx, "download", image_id, (row, task.origin)))
+    return row
 
 
 def awaited(tx: Transaction, task_id: str) -> bool:
@@ -139,16 +148,18 @@ def awaited(tx: Transaction, task_id: str) -> bool:
     return tx.connection.execute(pending).first() is not None
 
 
-def finish_if_done(tx: Transaction, task: TaskRow) -> None:
+def finish_if_done(tx: Transaction, task: TaskRow, rows: Sequence[ImageRow] | None = None) -> None:
     """Ends a `storing` task when each of its images is stored or lost. If the task ended before,
     tells operators of the late result.
+
+    `rows`: all images of the task, as this transaction leaves them. None: they are read.
     """
     if task.settled_digest is None or not (task.terminal or task.state is State.STORING):
         return
-    tx.write()
-    statement = select(images.c.position, images.c.state, images.c.error)
-    of_task = statement.where(images.c.task_id == task.id).order_by(images.c.position)
-    rows = list(tx.connection.execute(of_task))
+    if rows is None:
+        tx.write()
+        rows = image_rows(tx.connection, select_images(images.c.task_id == task.id))
+    rows = sorted(rows, key=attrgetter("position"))
     if any(row.state == "pending" for row in rows):
         return
     lost = [row for row in rows if row.state == "lost"]
@@ -157,9 +168,9 @@ def finish_if_done(tx: Transaction, task: TaskRow) -> None:
     if task.terminal:
         tell_late(tx, task, len(rows) - len(lost), len(lost), message)
     elif message is not None:
-        end(tx, task, State.FAILED, task_error("results_lost", message))
+        end(tx, task, State.FAILED, task_error("results_lost", message), rows)
     else:
-        end(tx, task, State.COMPLETED, progress=100)
+        end(tx, task, State.COMPLETED, None, rows, progress=100)
 
 
 def tell_late(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from service.db.transaction import Lease, Transaction
 from service.queue import leases
@@ -173,7 +174,7 @@ def _finish(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> 
     """Moves a task on by a final report. A task that is storing is settled already: each of its
     images is stored or lost by the rules for its link.
     """
-    settled = {
+    settled: dict[str, Any] = {
         "settled_digest": outcome_digest(report.status, report.results),
         "upstream_status": report.status,
     }
@@ -181,10 +182,10 @@ def _finish(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> 
         tx.step(row.id, "task.confirmed", status=report.status)
     results = report.results or named_so_far(tx, row.id)
     if report.status is Status.COMPLETED and results:
-        expect(tx, row, results, item.result_ttl_ms)
+        images = expect(tx, row, results, item.result_ttl_ms)
         if row.state is State.SUBMITTED:
             move(tx, row, State.STORING, **settled)
-        finish_if_done(tx, row)
+        finish_if_done(tx, row, images)
         return
     if row.state is State.STORING:
         return
@@ -231,8 +232,8 @@ def _record_late(tx: Transaction, row: TaskRow, report: Report, item: Settlement
             tell_late(tx, row)
             return None
     if completed and (late or awaited(tx, row.id)):
-        expect(tx, row, results, item.result_ttl_ms)
-        finish_if_done(tx, row)
+        images = expect(tx, row, results, item.result_ttl_ms)
+        finish_if_done(tx, row, images)
     return _await_links(tx, row, item) if report.final else _unsettled(tx, row, item, "")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from sqlalchemy import select
+from sqlalchemy import CompoundSelect, select
 
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
@@ -70,11 +70,14 @@ def _start(tx: Transaction, row: TaskRow, item: SubmissionStart, pause: Pause) -
     if row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit):
         if held_back(tx, row, pause):
             return False
+        awaited = row.id in tx.touched
         move(tx, row, State.SUBMITTING)
+        if not awaited:
+            tx.touched.discard(row.id)  # no request waits for this
     elif row.state is not State.SUBMITTING:
         return False
     # Otherwise this start runs a second time, because its commit got no answer.
-    change(tx, row, submit_lease_until=tx.now + item.call_ms)
+    tx.change(tasks, row.id, {"submit_lease_until": tx.now + item.call_ms})
     return True
 
 
@@ -103,7 +106,7 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
     An acceptance counts even if the lease has ended since, and so do results. Any other outcome
     counts under the lease, or while the task is uncertain.
     """
-    rows, queue = lock(tx, _concerned(tx, items)), cache(lambda: FairQueue(tx))
+    rows, queue = lock(tx, _concerned(items)), cache(lambda: FairQueue(tx))
     states = []
     for item in items:
         row = rows[item.lease.key]
@@ -134,7 +137,7 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
     return states
 
 
-def _concerned(tx: Transaction, items: Sequence[SubmissionResult]) -> set[str]:
+def _concerned(items: Sequence[SubmissionResult]) -> set[str] | CompoundSelect[tuple[str]]:
     """The tasks of these calls, and other tasks that already have an id given to one of these."""
     keys = {item.lease.key for item in items}
     ids = {item.outcome.report.upstream_id for item in items if isinstance(item.outcome, Accepted)}
@@ -142,7 +145,7 @@ def _concerned(tx: Transaction, items: Sequence[SubmissionResult]) -> set[str]:
     holders = select(tasks.c.id).where(
         tasks.c.upstream.in_(upstreams), tasks.c.upstream_id.in_(ids)
     )
-    return keys | set(tx.connection.execute(holders).scalars()) if ids else keys
+    return select(tasks.c.id).where(tasks.c.id.in_(keys)).union(holders) if ids else keys
 
 
 def _accept(

@@ -37,7 +37,10 @@ def task_row(connection: Connection, task_id: str, owner: str | None) -> TaskRow
 
 def task(connection: Connection, task_id: str, owner: str | None) -> Task | None:
     row = task_row(connection, task_id, owner)
-    return None if row is None else (row, stored_images(connection, [row.id]).get(row.id, []))
+    if row is None:
+        return None
+    confirmed = row.settled_digest is not None or row.incomplete_since is not None
+    return row, stored_images(connection, [row.id]).get(row.id, []) if confirmed else []
 
 
 def task_list(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import delete, or_, select
+from sqlalchemy import CompoundSelect, delete, or_, select
 
 from service.db.tables import images, steps, tasks
 from service.db.transaction import Lease, Transaction
@@ -11,7 +11,7 @@ from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON, storable
 from service.tasks.document import event_task
-from service.tasks.ledger import entered
+from service.tasks.ledger import cost, entered
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import UNPROVED, State, may_become
 from service.upstreams.base import Report, Status
@@ -32,9 +32,10 @@ class Leased(Protocol):
 Work = TypeVar("Work", bound=Leased)
 
 
-def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, TaskRow]:
+def lock(tx: Transaction, ids: Iterable[str] | CompoundSelect[tuple[str]]) -> dict[str, TaskRow]:
     """The tasks' rows, locked until the transaction ends, always in the order of their ids."""
-    statement = select_tasks(tasks.c.id.in_(set(ids))).order_by(tasks.c.id).with_for_update()
+    mine = tasks.c.id.in_(ids if isinstance(ids, CompoundSelect) else set(ids))
+    statement = select_tasks(mine).order_by(tasks.c.id).with_for_update()
     return {row.id: row for row in task_rows(tx.connection, statement)}
 
 
@@ -50,11 +51,14 @@ def change(tx: Transaction, row: TaskRow | ImageRow, **values: Any) -> None:
     """Sets columns of a locked row, in the record and in the database."""
     if not values:
         return
+    before = cost(row) if isinstance(row, TaskRow) else ()
     for name, value in values.items():
         setattr(row, name, value)
     if isinstance(row, TaskRow):
         tx.change(tasks, row.id, values)
         tx.touched.add(row.id)
+        if cost(row) != before:
+            tx.costs.add(row.id)
     else:
         tx.change(images, row.id, values)
 
@@ -146,15 +150,25 @@ def ask(tx: Transaction, row: TaskRow) -> None:
 
 
 def end(
-    tx: Transaction, row: TaskRow, state: State, error: JSON | None = None, **values: Any
+    tx: Transaction,
+    row: TaskRow,
+    state: State,
+    error: JSON | None = None,
+    images: Sequence[ImageRow] | None = None,
+    **values: Any,
 ) -> None:
-    """Ends a task and emits its one terminal event."""
+    """Ends a task and emits its one terminal event. `images`: all images of the task, in their
+    order, as this transaction leaves them. None: they are read.
+    """
     values |= {"terminal_at": tx.now, "submit_due_at": None, "settle_due_at": None}
     move(tx, row, state, error=error, **values)
     entered(tx, row)
     tx.step(row.id, "task.settled", state=state.value, error=error["code"] if error else None)
-    tx.write()  # the event lists the images as this transaction leaves them
-    _emit(tx, row, state, stored_images(tx.connection, [row.id]).get(row.id, ()), terminal=True)
+    if images is None:
+        tx.write()
+        images = stored_images(tx.connection, [row.id]).get(row.id, ())
+    shown = [image for image in images if image.state == "stored" and image.confirmed]
+    _emit(tx, row, state, shown, terminal=True)
 
 
 def keep_raw(tx: Transaction, task_id: str, answer_to: str, raw: bytes) -> None:
@@ -232,5 +246,6 @@ def dead_letter_task(tx: Transaction, lease: Lease, cause: str) -> None:
         message = f"parked after {cause}"
         error = {"code": "internal_error", "message": message, "type": "server_error"}
         end(tx, task, State.FAILED, error)
+    tx.costs.add(task.id)
     entered(tx, task)  # an ended task is asked about its cost no more
     outbox.emit_dead_letter(tx, lease, cause, lease.key)

@@ -10,6 +10,7 @@ from service.db.transaction import Lease
 from service.images.downloads import Retry
 from service.queue import crashes, leases
 from service.queue.crashes import CRASH_LIMIT, FAULT_LIMIT, claim_candidates, record_faults
+from service.queue.outlook import outlook
 from service.tasks.state import State
 from tests.contract.subject import LEASE, MINUTE, SECOND, Subject, completed, stored
 from tests.stores import candidate_of, fault
@@ -232,7 +233,7 @@ async def test_a_row_of_two_crashes_is_leased_alone(subject: Subject) -> None:
     assert await subject.write(claim_candidates, candidate_of("download")) is None
     await crashed(subject, first["id"], 2)
     assert await subject.claim("download", 9) == []
-    assert (await subject.store.read(leases.outlook, subject.clock.now)).candidates
+    assert (await subject.store.read(outlook, subject.clock.now)).candidates
     candidate = await subject.write(claim_candidates, candidate_of("download"))
     assert candidate is not None
     assert (candidate.lease.key, candidate.crashes, candidate.dead_lettered) == (
@@ -246,7 +247,7 @@ async def test_a_row_of_two_crashes_is_leased_alone(subject: Subject) -> None:
     )
     subject.clock.shift(SECOND)
     assert [lease.key for lease in await subject.claim("download", 9)] == [first["id"]]
-    assert not (await subject.store.read(leases.outlook, subject.clock.now)).candidates
+    assert not (await subject.store.read(outlook, subject.clock.now)).candidates
 
 
 async def test_a_row_whose_lone_process_crashes_is_due_later_each_time(subject: Subject) -> None:
@@ -282,4 +283,4 @@ async def test_five_crashes_park_a_row(subject: Subject) -> None:
     assert await subject.state(task_id) is State.FAILED
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
     assert await subject.write(claim_candidates, candidate_of("download")) is None
-    assert not (await subject.store.read(leases.outlook, subject.clock.now)).candidates
+    assert not (await subject.store.read(outlook, subject.clock.now)).candidates

@@ -10,6 +10,7 @@ from service.db.queues import QUEUES
 from service.db.tables import deliveries, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
+from service.queue.outlook import outlook
 from service.tasks.accept import insert_tasks
 from service.tasks.callbacks import accept_callbacks
 from service.tasks.rows import TaskRow
@@ -385,12 +386,12 @@ async def test_the_outlook_names_due_rows_and_the_next_due_time(
 ) -> None:
     """A claim by it leases the row. Before its time, the row's due time is the next look."""
     key = await one_due(subject, stage)
-    before = await subject.store.read(leases.outlook, subject.clock.now - 1)
+    before = await subject.store.read(outlook, subject.clock.now - 1)
     assert stage not in before.ready
     assert before.next_due == subject.clock.now
-    now = await subject.store.read(leases.outlook, subject.clock.now)
+    now = await subject.store.read(outlook, subject.clock.now)
     assert stage in now.ready
     assert not now.candidates
     await subject.claimed(stage, key)
-    leased = await subject.store.read(leases.outlook, subject.clock.now)
+    leased = await subject.store.read(outlook, subject.clock.now)
     assert stage not in leased.ready

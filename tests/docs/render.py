@@ -102,6 +102,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
             "on SQLite a new key in `{data_dir}/secret.key`, mode 600; on PostgreSQL required"
         ),
         "evolink_api_key": "required by workers",
+        "decode_concurrency": "the cores minus one, at least 1",
         "reconcile_after_s": "`max(60, 2 × estimated_time)`",
     }
 )

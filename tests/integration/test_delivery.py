@@ -25,8 +25,9 @@ from service import app
 from service.app import stages
 from service.db.tables import endpoints
 from service.db.transaction import Lease, Transaction
-from service.events.deliveries import DeliveryOutcome, DeliveryToSend
+from service.events.deliveries import DeliveryOutcome
 from service.events.delivery_worker import DeliveryWorker
+from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
 from service.images.validator import ImageValidator
 from service.queue import worker

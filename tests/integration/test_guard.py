@@ -12,7 +12,8 @@ import pytest
 from starlette.responses import Response
 
 from service.errors import ConnectionLost, EgressRefused
-from service.events.deliveries import DeliveryAttempt, DeliveryToSend
+from service.events.deliveries import DeliveryAttempt
+from service.events.outbox import DeliveryToSend
 from service.net import Egress, Rules
 from service.upstreams.base import NoAnswer, NotCreated
 from service.upstreams.evolink import EvoLink

@@ -256,6 +256,14 @@ async def test_children_leave_with_the_validator(file: Path) -> None:
     assert all(map(gone, pids))
 
 
+async def test_the_first_image_finds_a_child_that_is_warm(pool: ImageValidator, file: Path) -> None:
+    """It takes the child of the start, and starts none."""
+    pool.warm()
+    (child,) = pool.idle
+    found = await pool.validate(file)
+    assert (found.result, pool.idle) == (SMALL, [child])
+
+
 async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path) -> None:
     """The decoder has a process of its own, so callbacks do not wait for it. The image is stored
     when the decoder goes on.

@@ -14,10 +14,10 @@ from service.db.transaction import Lease
 from service.events.deliveries import (
     DeliveryAttempt,
     DeliveryOutcome,
-    DeliveryToSend,
     delivery_to_send,
     record_attempts,
 )
+from service.events.outbox import DeliveryToSend
 from service.images.downloads import (
     Download,
     Lost,

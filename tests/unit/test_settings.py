@@ -82,7 +82,7 @@ def test_an_empty_environment_gives_the_documented_defaults(
     assert (got.download_schedule, got.download_concurrency, got.decode_concurrency) == (
         (1, 2, 5, 15, 60, 300, 900),
         16,
-        1,
+        max(1, len(os.sched_getaffinity(0)) - 1),
     )
     assert (got.max_image_bytes, got.max_image_pixels, got.min_free_bytes) == (
         52428800,

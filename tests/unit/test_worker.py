@@ -23,6 +23,7 @@ from service.ops.metrics import Metrics
 from service.queue import leases, worker
 from service.queue.crashes import CRASH_LIMIT
 from service.queue.leases import LEASE_MS
+from service.queue.outlook import Outlook
 from service.queue.stage import Stage
 from service.queue.worker import WorkerPool
 from service.resources import new_id
@@ -590,9 +591,9 @@ async def test_a_poison_candidate_that_another_process_claimed_is_left_to_it(
     """
     done, looked = list[str](), threading.Event()
 
-    def outlook(_connection: Connection, _now: int) -> leases.Outlook:
+    def outlook(_connection: Connection, _now: int) -> Outlook:
         looked.set()
-        return leases.Outlook(frozenset(), frozenset({"submit"}), None)
+        return Outlook(frozenset(), frozenset({"submit"}), None)
 
     monkeypatch.setattr(worker, "outlook", outlook)
     async with harness.working(finishing(harness.store, done)):
