@@ -19,7 +19,12 @@ from service.upstreams.needed_fields import needed_part
 
 USUAL_BYTES = 1 << 20  # of a document without images, as much as is parsed
 OTHER_BYTES = 8 << 20  # of a document beside its images
-INLINE = re.compile(rb'(?<=")(?:\s|\\[nrt])*data:[^"]{32,}', re.IGNORECASE)  # a text of JSON
+# A text of JSON with a `data:` URL, or with base64 in a field of this name.
+INLINE = re.compile(
+    rb'(?<=")(?:(?:\s|\\[nrt])*data:|(?<="b64_json":")|(?<="b64_json": ")|(?<="base64":")'
+    rb'|(?<="base64": "))[^"]{32,}',
+    re.IGNORECASE,
+)
 INLINE_URLS = 500  # more of them are no images
 BACKSLASH = b"\\"
 BLANK = "\ufeff \t\r\n"
@@ -91,12 +96,17 @@ def _tidied(match: re.Match[str]) -> str:
 
 
 def inline_url(match: re.Match[bytes]) -> str:
-    """The `data:` URL that `INLINE` found, without its escapes. One that has others is empty."""
+    """What `INLINE` found as a `data:` URL, without its escapes. One that has others is empty."""
     try:
         text = _DECODER.decode(f'"{match[0].rstrip(BACKSLASH).decode("utf-8", "replace")}"')
     except ValueError:
         return ""
-    return link_of(text)
+    return base64_link(text)
+
+
+def base64_link(text: str) -> str:
+    """A link, or base64 as a `data:` URL."""
+    return link_of(text) if is_data(trimmed(text)) else link_of(f"data:;base64,{trimmed(text)}")
 
 
 def _without_images(body: bytes | bytearray) -> bytes:

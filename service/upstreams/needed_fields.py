@@ -9,7 +9,8 @@ FIELDS = frozenset(
     b"id task_id status progress error code message type param task_info can_cancel estimated_time"
     b" usage billing_rule user_group credits_reserved credits_used billing refunded_credits"
     b" results result_data result result_urls result_url output_url file_url"
-    b" url image_url images image urls data task output uri link download_url".split()
+    b" url image_url images image urls data task output uri link download_url"
+    b" b64_json base64".split()
 )
 LEVELS = 32  # of lists and objects. Links and figures have fewer around them
 LONG = 128 << 10  # bytes of a text. A link has fewer, with all of its characters escaped

@@ -4,7 +4,14 @@ from itertools import islice
 
 from service.links import data_of, stored_form, trimmed, usable
 from service.strict_json import JSON
-from service.upstreams.lenient import INLINE, INLINE_URLS, document_of, inline_url, link_of
+from service.upstreams.lenient import (
+    INLINE,
+    INLINE_URLS,
+    base64_link,
+    document_of,
+    inline_url,
+    link_of,
+)
 
 RESULTS = 64  # links of a task
 # Where links have been found, the documented place first, and their names inside an object. `url`
@@ -14,6 +21,7 @@ PLACES = (
     *("data", "output", "images"),
 )
 NAMES = ("url", "image_url", *PLACES, "image", "urls", "uri", "link", "download_url")
+BASE64 = ("b64_json", "base64")  # as `lenient.INLINE` has them
 DEPTH = 8  # of lists and objects around a link
 
 
@@ -50,6 +58,9 @@ def _links_in(value: object, depth: int = DEPTH) -> list[str]:
         for name in NAMES:
             if links := _links_in(value.get(name), depth - 1):
                 return links
+        for name in BASE64:
+            if isinstance(text := value.get(name), str) and text:
+                return [base64_link(text)]
         numbered = [each for name, each in value.items() if name.isdecimal()]
         return _links_in(numbered, depth - 1)
     return _links_in_text(value, depth) if isinstance(value, str) else []

@@ -622,6 +622,25 @@ async def test_an_image_in_the_answer_is_stored(kind: str, here: World, server: 
     assert await called(here, server, task, body) == "duplicate"
 
 
+BASE64 = [
+    b'"results": [{"b64_json": "%b"}]',
+    b'"data": [{"b64_json":"%b"}]',
+    b'"output": {"base64": "%b"}',
+]
+
+
+@pytest.mark.parametrize("shape", BASE64)
+@pytest.mark.parametrize("size", [(64, 48), (800, 800)])
+async def test_an_image_in_base64_is_stored(
+    size: tuple[int, int], shape: bytes, here: World, server: Said
+) -> None:
+    """It needs no `data:` around it. JSON may write its slashes as escapes."""
+    image = noise(size=size)
+    text = base64.b64encode(image).replace(b"/", b"\\/")
+    body = b'{"id": "$ID", "status": "completed", %b}' % (shape % text)
+    await stored(here, await ended(here, server, body, callback=b'{"status": "failed"}'), image)
+
+
 async def test_an_image_in_the_answer_may_be_as_large_as_any(here: World, server: Said) -> None:
     """A link beside it is stored too. An image over `MAX_IMAGE_BYTES` is lost, and told."""
     large = noise(size=(800, 800))
