@@ -128,6 +128,7 @@ CODINGS: Mapping[str, Shape] = {
 }
 FRAMING: Mapping[str, Shape] = {
     "the same length twice": Shape(response(LENGTH, LENGTH)),
+    "the same length with a zero before it": Shape(response(LENGTH, "Content-Length: 00%d")),
     "the same length in one line": Shape(response("Content-Length: %d, %d")),
     "a length behind a blank": Shape(response("Content-Length : %d")),
     "a name with a blank": Shape(response("X Powered By: us", LENGTH)),

@@ -74,8 +74,8 @@ def read_head(text: bytes, *, without_body: bool = False) -> ResponseHead:
     elif codings:
         if others := [coding for coding in codings if coding != b"chunked"]:
             fields[b"content-encoding", b",".join(others)] = None
-    elif len(set(lengths)) == 1 and LENGTH.fullmatch(lengths[0]):
-        length = int(lengths[0])
+    elif all(map(LENGTH.fullmatch, lengths)) and len(numbers := set(map(int, lengths))) == 1:
+        length = numbers.pop()
     elif b"content-length" in values:
         length, problem = 0, "its Content-Length is not one number"
     return ResponseHead(

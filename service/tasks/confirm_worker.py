@@ -6,7 +6,7 @@ A callback and a silent task take the same way: both make the task due for a que
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -92,21 +92,20 @@ class ConfirmWorker:
         )
         raw = b"" if isinstance(answer, NotFound) else answer.raw
         if raw:
-            reason = silence.reason if silence else "its status is not a documented one"
-            log.warning("upstream.unreadable", kind="query", reason=reason)
+            log.warning("upstream.unreadable", kind="query", reason=_word(answer))
         if callback is None:
             word, wait_s = _word(answer), wait_ms / 1000
             log.info("reconcile.queried", attempt=lease.attempts, answer=word, wait_s=wait_s)
         checkpoint("settle.answered")
-        ttl_ms = round(self.task_ttl_s * 1000)
+        latest_ms = round(self.task_ttl_s * 1000)
         settlement = Settlement(
             lease,
             report,
             requests=row.settle_requests,
             wait_ms=wait_ms,
             result_ttl_ms=round(self.result_ttl_s * 1000),
-            expires_ms=None if silence else ttl_ms,
-            latest_ms=ttl_ms,
+            expires_ms=None if silence else latest_ms,
+            latest_ms=latest_ms,
             patience_ms=round(self.no_results_after_s * 1000),
             raw=raw,
             source=answer.source if isinstance(answer, Found) else "query",
@@ -151,7 +150,7 @@ class ConfirmWorker:
                 answer = await upstream.query(row.upstream_id)
             record(throttled(answer))
         if called is not None and isinstance(answer, Found):
-            return Found(answer.report.with_credits_of(called), answer.source)
+            return replace(answer, report=answer.report.with_credits_of(called))
         return answer
 
 
