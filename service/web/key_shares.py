@@ -51,7 +51,8 @@ class Shares:
     def take(self, holder: str, key: str = "") -> "Share":
         """Raises ApiError: 429 if the holder or the key has its share, 503 if no place is left."""
         if not self.left(holder, key):
-            if had := self.held[holder,]:
+            had = self.held[holder,]
+            if self.taken < self.total or self.held[holder, key] == self.each:
                 most = self.each if self.held[holder, key] == self.each else f"{had} for now"
                 message = f"there are {had} {self.what} already: you may have {most}"
                 raise ApiError(429, "rate_limit_exceeded", message, retry_after=1)

@@ -272,7 +272,6 @@ async def test_attempts_by_hand_are_bounded(
     """An owner whose subscriber hangs gets 429 with `Retry-After`. The test sends of another owner
     continue up to the limit of the process, which is 503.
     """
-    monkeypatch.setattr(here.context.shedder.manual, "each", 2)
     monkeypatch.setattr(here.context.shedder.manual, "total", 3)
     released = asyncio.Event()
     shop.answer = lambda _n, _request: After(released.wait, Response(status_code=204))
