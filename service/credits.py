@@ -25,3 +25,8 @@ def credits_number(value: int | None) -> int | float | None:
     if value is None:
         return None
     return value // 1_000_000 if value % 1_000_000 == 0 else value / 1_000_000
+
+
+def credits_text(value: int | None) -> str:
+    """Millionths in words of a message, never with an exponent."""
+    return "unknown" if value is None else f"{Decimal(value).scaleb(-6).normalize():f}"

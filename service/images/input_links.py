@@ -24,6 +24,7 @@ from service.upstreams.catalogue_images import image_complaint, too_long
 FILE_ID, IMAGE_ID = r"file_[a-z2-7]{26}", r"img_[a-z2-7]{26}"
 OWN_ID = re.compile(f"{FILE_ID}|{IMAGE_ID}")
 LINK = re.compile(r"https?://[^/\s]", re.IGNORECASE)
+ORIGIN = re.compile("^[^/]*//[^/]*")  # scheme and host, whose case does not count
 PARAM = "image_urls"
 LINK_CHARS = 2048
 LARGE = 1 << 16  # characters of a data: URL that a thread decodes
@@ -81,12 +82,13 @@ class InputResolver:
     async def _own_name(self, text: str) -> str:
         """The id in a link of this service. Any other text stays as it is."""
         links, bare = self.files.resources.links, re.split("[?#]", text, maxsplit=1)[0]
-        base = re.escape(links.base_url)
-        own = rf"{base}/images/({IMAGE_ID})(?:\.[a-z]+)?|{base}/v1/files/({FILE_ID})/content"
+        bare, base = origin_lowered(bare), re.escape(origin_lowered(links.base_url))
+        own = rf"{base}/images/({IMAGE_ID})(?:\.[a-z]+)?|{base}/v1/files/({FILE_ID})(?:/content)?"
         if match := re.fullmatch(own, bare):
             return match[1] or match[2]
-        if links.image_base_url and bare.startswith(f"{links.image_base_url}/"):
-            blob = bare.removeprefix(f"{links.image_base_url}/")
+        prefix = origin_lowered(f"{links.image_base_url}/")
+        if links.image_base_url and bare.startswith(prefix):
+            blob = bare.removeprefix(prefix)
             return await self.files.resources.store.read(image_of_blob, blob) or text
         return text
 
@@ -129,6 +131,10 @@ class InputResolver:
             except ApiError as error:
                 raise as_refusal(error) from None
         return NamedInput(of_row(row), image_id, entry)
+
+
+def origin_lowered(url: str) -> str:
+    return ORIGIN.sub(lambda origin: origin[0].lower(), url)
 
 
 def no_name() -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import structlog
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from service.credits import credits_number
+from service.credits import credits_number, credits_text
 from service.db.money_tables import budgets, ledger
 from service.db.paging import Row, Selection, matching
 from service.db.transaction import Transaction
@@ -71,16 +71,17 @@ class BudgetRefusal:
 
     @property
     def message(self) -> str:
-        figures = self.state.figures()
+        state = self.state
         needs = (
             "the catalogue has no price of the model, and DARKROOM_UNPRICED is refuse"
             if self.needed is None
-            else f"the task needs {credits_number(self.needed)} credits"
+            else f"the task needs {credits_text(self.needed)} credits"
         )
         period = "in total" if self.state.period == "total" else f"a {self.state.period}"
         return (
-            f"{needs}: the budget of {figures['limit']} {period} has {figures['left']} left"
-            f" ({figures['spent']} spent, {figures['reserved']} reserved)"
+            f"{needs}: the budget of {credits_text(state.limit)} {period} has"
+            f" {credits_text(state.left)} left ({credits_text(state.spent)} spent,"
+            f" {credits_text(state.reserved)} reserved)"
         )
 
 

@@ -154,8 +154,9 @@ async def test_an_upload_is_remembered(here: World) -> None:
         file = await uploaded(client)
         links = [await posted(here, await edited(client, file["id"])) for _ in range(2)]
         content = f"{here.url}/v1/files/{file['id']}/content"
-        links.append(await posted(here, await edited(client, content)))
-    assert links[0] == links[1] == links[2]
+        forms = (content, f" {content}?a=1#b", content.replace("http", "HTTP"), content[:-8])
+        links += [await posted(here, await edited(client, form)) for form in forms]
+    assert all(each == links[0] for each in links)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from service.credits import MAX_CREDITS, credits_number, millionths
+from service.credits import MAX_CREDITS, credits_number, credits_text, millionths
 from service.db.tables import images, tasks
 from service.events.documents import event_document, type_matches
 from service.ids import BLOB, EXTENSIONS, PREFIXES, blob_name, make_id, rfc3339, sequence_text
@@ -383,3 +383,11 @@ def test_an_operators_event_keeps_its_data() -> None:
 def test_a_pattern_matches_whole_words(pattern: str, type: str, taken: bool) -> None:
     """A pattern matches every type, one type, or all types below a name."""
     assert type_matches(pattern, type) is taken
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1, "0.000001"), (-1, "-0.000001"), (10**8, "100"), (5_500_000, "5.5")],
+)
+def test_credits_in_a_message_have_no_exponent(value: int, text: str) -> None:
+    assert credits_text(value) == text
