@@ -51,6 +51,10 @@ COMMANDS = [
         ["reconcile"],
         ["resolve"],
         ["credits"],
+        ["pause"],
+        ["resume"],
+        ["audit"],
+        ["doctor"],
         ["openapi"],
         ["asyncapi"],
     ),
@@ -59,6 +63,7 @@ COMMANDS = [
         for word in ("list", "create", "get", "patch", "delete", "rotate", "test")
     ),
     *(["deliveries", word] for word in ("list", "get", "retry")),
+    *(["bulk", word] for word in ("reconcile", "requeue", "resolve", "deliveries")),
     *(["replay", word] for word in ("start", "get", "cancel")),
     *(["budgets", word] for word in ("list", "set", "clear")),
     *(["files", word] for word in ("upload", "list", "get", "delete")),

@@ -33,7 +33,7 @@ Pair = tuple[Any, Any]  # another owner's value, and an unknown value of the sam
 
 NOTHING = "a" * 26
 UNKNOWN = "task-unified-1757165031-nobody00"
-LABELS = {"verdict", "kind", "outcome", "state", "stage", "purpose", "le"}
+LABELS = {"verdict", "kind", "outcome", "state", "stage", "purpose", "role", "le"}
 LATE = {"delay": 600}  # the task outlasts the tests
 
 
@@ -157,6 +157,9 @@ async def parameters(
         "prompt": (("ann's prompt", "nobody's"),),
         "after": (("0", "00"),),
         "/v1/ledger?after": ((entries[0]["id"], f"led_{NOTHING}"),),
+        "/v1/audit?after": ((f"act_{NOTHING}", f"act_{NOTHING[::-1]}"),),
+        "action": (("key.create", "nothing"),),
+        "target": (("ann", "nobody"),),
         "wait": (("0", "0.0"),),
         "limit": (("1000", "999"),),
         "owner": (("ann", "nobody"),),
