@@ -19,7 +19,7 @@ from service.cli.output import (
 )
 from service.cli.submit_options import put_all
 from service.cli.verb import named
-from service.strict_json import JSON
+from service.strict_json import JSON, compact_json
 
 SHOWN = ("model", "upstream", "edits", "source", "note", "example")
 
@@ -43,6 +43,7 @@ def models(
         )
     else:
         shown = {each: document[each] for each in SHOWN}
+        shown["example"] = compact_json(shown["example"])
         put_fields(shown | {"edits": yes(document["edits"]), "price": price(document["price"])})
         put("")
         rows = [field_row(field, rule) for field, rule in document["fields"].items()]

@@ -5,7 +5,7 @@ Text from a service is shown without control characters.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -46,12 +46,29 @@ def put_json(value: object) -> None:
 
 
 def put_fields(fields: Mapping[str, Any]) -> None:
-    """Prints `name  value` lines without the empty values. Nested values are JSON."""
-    width = max(map(len, fields), default=0)
-    for name, value in fields.items():
-        if value not in (None, "", [], {}):
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            put(f"{name:<{width}}  {plain(text)}")
+    """Prints `name  value` lines without the empty values. The fields of an object follow its name
+    and a dot, and the items of a list its name and their place. A list of texts is one line.
+    """
+    lines = dict(flat(fields))
+    width = max(map(len, lines), default=0)
+    for name, text in lines.items():
+        put(f"{name:<{width}}  {plain(text)}")
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, list) and not any(isinstance(each, list | dict) for each in value):
+        value = ", ".join(map(word, value))
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for inner, each in value.items():
+            yield from flat(each, f"{name}.{inner}" if name else str(inner))
+    elif value not in (None, ""):
+        yield name, word(value)
+
+
+def word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def put_table(rows: Sequence[Mapping[str, Any]], *columns: str) -> None:

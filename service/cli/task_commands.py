@@ -19,11 +19,13 @@ from service.cli.api_client import (
     pairs,
     segment,
 )
+from service.cli.list_rows import date
 from service.cli.money_commands import estimated, has_ended, say_cost
 from service.cli.output import (
     Json,
     Text,
     Texts,
+    flat,
     option,
     plain,
     put,
@@ -46,7 +48,7 @@ from service.cli.submit_options import (
     put_all,
 )
 from service.cli.verb import named
-from service.cli.verbs import Metadata, date
+from service.cli.verbs import Metadata
 from service.errors import EgressError
 from service.strict_json import JSON
 
@@ -249,7 +251,7 @@ def task(
     put("")
     for step in steps:
         time, name = plain(step.pop("time")), plain(step.pop("step"))
-        details = " ".join(f"{key}={value}" for key, value in step.items() if value is not None)
+        details = " ".join(f"{key}={value}" for key, value in flat(step))
         put(f"{time}  {name:<24} {plain(details)}".rstrip())
 
 

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
 from service.cli import direct_keys
 from service.cli.api_client import pairs
-from service.cli.output import Text, Texts, option, plain
+from service.cli.list_rows import delivery_row, endpoint_row, task_row
+from service.cli.output import Text, Texts, option
 from service.cli.verb import Verb, named
 from service.strict_json import JSON
 
@@ -43,19 +43,6 @@ def required(help: str, metavar: str | None = None) -> Any:
 def with_metadata(given: JSON) -> JSON:
     metadata = pairs(given.pop("metadata"), "--metadata")
     return named(given) | {f"metadata.{name}": value for name, value in metadata.items()}
-
-
-def task_row(task: JSON) -> JSON:
-    shown = {
-        "created": date(task["created"]),
-        "images": len(task["images"]),
-        "prompt": plain(task["prompt"] or "")[:60],
-    }
-    return task | shown
-
-
-def date(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def with_owner(given: JSON) -> JSON:
@@ -107,7 +94,7 @@ TASKS = Verb(
         "metadata": Metadata,
         **PAGE,
     },
-    ("id", "state", "created", "images", "model", "prompt"),
+    ("id", "state", "age", "cost", "images", "created", "model", "prompt"),
     with_metadata,
     row=task_row,
 )
@@ -117,7 +104,8 @@ ENDPOINTS = {
         "List endpoints, newest first.",
         "GET /v1/endpoints",
         PAGE,
-        ("id", "status", "created_at", "owner", "url"),
+        ("id", "status", "since", "success", "types", "owner", "url"),
+        row=endpoint_row,
     ),
     "create": Verb(
         "Create an endpoint. Its secret is shown only here.",
@@ -157,6 +145,7 @@ ENDPOINTS = {
     ),
 }
 
+ATTEMPTS = ("time", "status", "duration_ms", "error")
 DELIVERIES = {
     "list": Verb(
         "List deliveries, newest first.",
@@ -168,20 +157,25 @@ DELIVERIES = {
             "state": text("pending, delivered or dead."),
             **PAGE,
         },
-        ("id", "state", "attempts", "created_at", "event", "endpoint"),
-        row=lambda delivery: delivery | {"attempts": len(delivery["attempts"])},
+        (
+            *("id", "state", "type", "attempts", "next_attempt"),
+            *("created_at", "endpoint", "last_error"),
+        ),
+        row=delivery_row,
     ),
     "get": Verb(
         "Show a delivery with every attempt.",
         "GET /v1/deliveries/{id}",
         {"id": Id},
-        ("time", "status", "duration_ms", "error"),
+        ATTEMPTS,
         listed="attempts",
     ),
     "retry": Verb(
         "Make one attempt now, also of a delivered or dead delivery.",
         "POST /v1/deliveries/{id}/retry",
         {"id": Id},
+        ATTEMPTS,
+        listed="attempts",
     ),
 }
 

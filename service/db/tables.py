@@ -205,6 +205,7 @@ endpoints = Table(
     Column("types", JSON, nullable=False),
     Column("description", Text, nullable=False),
     Column("status", String(16), nullable=False),  # enabled | paused | disabled
+    Column("status_since", BigInteger),  # NULL: since before the column was there
     Column("disabled_at", BigInteger),
     Column("disabled_reason", Text),
     Column("failing_since", BigInteger),

@@ -57,7 +57,9 @@ def delivery_list(
     connection: Connection, wanted: Selection, where: Mapping[str, Any] | None = None
 ) -> list[tuple[Row, list[Row]]]:
     """Deliveries with their latest attempts. `where` names columns, such as `id` or `state`."""
-    statement = matching(select(deliveries), deliveries, **(where or {}))
+    joined = deliveries.outerjoin(events, events.c.id == deliveries.c.event_id)
+    named = select(deliveries, events.c.type).select_from(joined)
+    statement = matching(named, deliveries, **(where or {}))
     rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
     made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
     order = attempts.c.time, attempts.c.id

@@ -43,6 +43,7 @@ def delivery_document(row: Row, attempts: Sequence[Row], *, answers: bool) -> JS
         "id": row["id"],
         "endpoint": row["endpoint_id"],
         "event": row["event_id"],
+        "type": row["type"],
         "task": row["task_id"],
         "state": row["state"],
         "cause": row["cause"],

@@ -1,9 +1,9 @@
 """The health of an endpoint: what its latest attempts say."""
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Float, Label, func, literal_column, select
 
 from service.db.paging import Row
-from service.db.tables import attempts
+from service.db.tables import attempts, endpoints
 from service.ids import rfc3339
 from service.strict_json import JSON
 
@@ -17,6 +17,15 @@ def recent_attempts(connection: Connection, endpoint_id: str, now: int) -> list[
     statement = select(columns.time, columns.error, columns.duration_ms).where(*mine)
     statement = statement.order_by(columns.time.desc()).limit(SAMPLE)
     return list(connection.execute(statement).mappings())
+
+
+def success_rate(now: int) -> Label[float | None]:
+    """The column `success_rate` of endpoints: the share of the same attempts that succeeded."""
+    mine = (attempts.c.endpoint_id == endpoints.c.id, attempts.c.time >= now - HEALTH_MS)
+    share = literal_column("CASE WHEN error IS NULL THEN 1.0 ELSE 0.0 END", Float)
+    latest = select(share.label("good")).where(*mine).order_by(attempts.c.time.desc()).limit(SAMPLE)
+    sample = latest.correlate(endpoints).subquery()
+    return select(func.avg(sample.c.good)).scalar_subquery().label("success_rate")
 
 
 def health_document(rows: list[Row], now: int) -> JSON:

@@ -10,6 +10,7 @@ from service.db.paging import Row, Selection, matching, page
 from service.db.tables import ZERO, counters, deliveries, endpoints
 from service.db.transaction import Transaction
 from service.events import failures, outbox
+from service.events.endpoint_health import success_rate
 from service.ids import rfc3339
 
 # Waiting deliveries that are due at once when their endpoint works again, and then for each of them
@@ -50,8 +51,16 @@ def endpoint_row(connection: Connection, id: str, owner: str | None) -> Row | No
     return connection.execute(statement).mappings().first()
 
 
-def endpoint_list(connection: Connection, wanted: Selection) -> list[Row]:
-    return list(connection.execute(page(select(endpoints), endpoints, wanted)).mappings())
+def endpoint_view(connection: Connection, id: str, owner: str | None, now: int) -> Row | None:
+    """The row with its `success_rate`."""
+    statement = matching(select(endpoints, success_rate(now)), endpoints, id=id, owner=owner)
+    return connection.execute(statement).mappings().first()
+
+
+def endpoint_list(connection: Connection, wanted: Selection, *, now: int) -> list[Row]:
+    """Rows with their `success_rate`."""
+    statement = page(select(endpoints, success_rate(now)), endpoints, wanted)
+    return list(connection.execute(statement).mappings())
 
 
 def update_endpoint(tx: Transaction, endpoint_id: str, **values: Any) -> None:
@@ -61,7 +70,8 @@ def update_endpoint(tx: Transaction, endpoint_id: str, **values: Any) -> None:
 
 def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
     """Disables an endpoint: its pending deliveries are dead, and it gets no new ones."""
-    update_endpoint(tx, endpoint_id, status="disabled", disabled_at=tx.now, disabled_reason=reason)
+    values = {"disabled_at": tx.now, "disabled_reason": reason}
+    update_endpoint(tx, endpoint_id, status="disabled", status_since=tx.now, **values)
     end_pending_deliveries(tx, endpoint_id)
     data = {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": rfc3339(tx.now)}
     outbox.emit_operators(tx, "endpoint.disabled", data)
@@ -142,7 +152,7 @@ def _insert(tx: Transaction, item: NewEndpointRow) -> bool:
         return item.id in ids
     row = asdict(item)
     del row["most"]
-    row |= {"status": "enabled", "created_at": tx.now}
+    row |= {"status": "enabled", "status_since": tx.now, "created_at": tx.now}
     tx.connection.execute(insert(endpoints).values(row))
     return True
 
@@ -177,7 +187,8 @@ def _change(tx: Transaction, item: EndpointChange) -> bool:
     values: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     status = item.status if item.status != row.status else None
     if status is not None:
-        values |= {"status": status, "disabled_at": None, "disabled_reason": None}
+        values |= {"status": status, "status_since": tx.now}
+        values |= {"disabled_at": None, "disabled_reason": None}
     if status == "enabled" or item.url not in (None, row.url):  # failures of the old URL
         values |= {"failing_since": None, "paused_until": None}
     if status == "enabled":

@@ -159,6 +159,11 @@ class Endpoint(BaseModel):
     created_at: str
     disabled_at: str | None
     disabled_reason: str | None
+    status_since: str | None = Field(description="null: since before the service noted it")
+    failing_since: str | None = Field(description="every attempt has failed since; else null")
+    success_rate: float | None = Field(
+        description="0 to 1, of the attempts of the last 24 hours, at most the latest 500"
+    )
     replay: Missed | None = Field(
         description="in the response that enables a disabled endpoint, else null"
     )
@@ -181,6 +186,7 @@ class Delivery(BaseModel):
     id: str
     endpoint: str | None
     event: str
+    type: str | None = Field(description="of the event; null if it is no longer kept")
     task: str | None
     state: Literal["pending", "delivered", "dead"]
     cause: str | None = Field(description="why it failed last, until it is delivered")

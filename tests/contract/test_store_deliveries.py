@@ -367,9 +367,9 @@ async def test_an_endpoint_is_inserted_once_and_read_by_its_owner(subject: Subje
     assert await subject.store.read(endpoint_row, made.id, "other") is None
     assert await subject.store.read(endpoint_row, for_all, "painter") is None
     assert await subject.store.read(endpoint_row, for_all, None) is not None
-    own = await subject.store.read(endpoint_list, Selection("painter", 9))
+    own = await subject.store.read(endpoint_list, Selection("painter", 9), now=0)
     assert [row["id"] for row in own] == [made.id]
-    every = await subject.store.read(endpoint_list, Selection(None, 9))
+    every = await subject.store.read(endpoint_list, Selection(None, 9), now=0)
     assert [row["id"] for row in every] == [for_all, made.id]
 
 

@@ -400,7 +400,9 @@ def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str,
         **client,
     ).json
     listed = run("tasks", "--metadata", "list=this", **client).out.splitlines()
-    assert listed[0].split() == ["id", "state", "created", "images", "model", "prompt"]
+    assert listed[0].split() == [
+        *("id", "state", "age", "cost", "images", "created", "model", "prompt")
+    ]
     assert listed[1].startswith(f"{made['id']}  completed  ")
     assert len(listed) == 2
     assert "\x1b" not in listed[1]

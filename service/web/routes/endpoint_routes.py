@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -34,6 +35,9 @@ def shown(row: Row, replay: JSON | None = None) -> JSON:
         "created_at": rfc3339(row["created_at"]),
         "disabled_at": rfc3339_or_none(row["disabled_at"]),
         "disabled_reason": row["disabled_reason"],
+        "status_since": rfc3339_or_none(row["status_since"] or row["disabled_at"]),
+        "failing_since": rfc3339_or_none(row["failing_since"]),
+        "success_rate": None if (rate := row["success_rate"]) is None else round(float(rate), 4),
         "replay": replay,
     }
 
@@ -69,7 +73,7 @@ async def create(request: Request) -> Response:
 async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:
     id = request.path_params["endpoint_id"] if endpoint_id is None else endpoint_id
     store, owner = resources_of(request).store, caller_of(request).sees
-    row = await store.read(endpoints.endpoint_row, id, owner)
+    row = await store.read(endpoints.endpoint_view, id, owner, store.clock())
     if row is None:
         raise endpoint_not_found()
     return row
@@ -86,7 +90,8 @@ async def read(request: Request) -> Response:
 
 async def listed(request: Request) -> Response:
     """List endpoints, newest first."""
-    return await page(request, endpoints.endpoint_list, position_of, shown)
+    rows = partial(endpoints.endpoint_list, now=resources_of(request).store.clock())
+    return await page(request, rows, position_of, shown)
 
 
 async def patch(request: Request) -> Response:

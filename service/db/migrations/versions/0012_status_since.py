@@ -1,0 +1,11 @@
+"""Endpoints know since when they have their status. NULL: since before this migration."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0012"
+down_revision = "0011"
+
+
+def upgrade() -> None:
+    op.add_column("endpoints", sa.Column("status_since", sa.BigInteger(), nullable=True))
