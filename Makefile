@@ -45,7 +45,7 @@ demo: $(VENV)/.run
 	@$(BIN)/python deploy/demo.py
 
 dev: $(VENV)/.run
-	@$(BIN)/darkroom serve --sandbox
+	@$(BIN)/darkroom serve --sandbox $(ARGS)
 
 quick: $(VENV)/.dev
 	@$(PYTEST) -m quick

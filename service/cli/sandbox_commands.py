@@ -44,6 +44,11 @@ Price = Annotated[
 ]
 
 
+Faults = Annotated[
+    Texts, option("A default fault of every task; may be repeated.", metavar="NAME=VALUE")
+]
+
+
 class SandboxCommand(TyperCommand):
     """`darkroom sandbox`. Its help ends with the table of faults."""
 
@@ -69,9 +74,7 @@ def sandbox(
     seed: Annotated[
         int | None, option("The same seed gives the same ids, faults and files.")
     ] = None,
-    fault: Annotated[
-        Texts, option("A default fault of every task; may be repeated.", metavar="NAME=VALUE")
-    ] = None,
+    fault: Faults = None,
     share: Shares = None,
     base_url: Annotated[Text, option("Address in result links. Default: as requested.")] = None,
     price: Price = None,
@@ -108,13 +111,9 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
     import uvloop
 
     from service.ops import logging
-    from service.upstreams.sandbox import create_sandbox
     from service.web.server import Server, bind, listening, stopping
 
-    try:
-        app = create_sandbox(options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--fault, --share") from None
+    app = checked_sandbox(options)
     bound = bind(host, port)
     logging.configure("json" if as_json else "console", "warning", sys.stderr)
     address = http_address(host, bound.getsockname()[1])
@@ -129,6 +128,15 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
                 await stop.wait()
 
     uvloop.run(until_stopped())
+
+
+def checked_sandbox(options: "SandboxOptions") -> Any:
+    from service.upstreams.sandbox import create_sandbox
+
+    try:
+        return create_sandbox(options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--fault, --share") from None
 
 
 def default_faults(texts: list[str] | None) -> dict[str, Any]:
@@ -205,12 +213,14 @@ def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -
     return load_settings(**options | own)
 
 
-def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
+def serve_on_sandbox(
+    given: dict[str, Any], as_json: bool, fault: list[str] | None, share: list[str] | None
+) -> None:
     from service.app import Role, serve
     from service.cli.serve import bound_settings, run
     from service.settings import load_settings
     from service.upstreams.catalogue import load_catalogue
-    from service.upstreams.sandbox import SandboxOptions, create_sandbox
+    from service.upstreams.sandbox import SandboxOptions
     from service.web.auth import SCOPES
     from service.web.key_schemas import NewKey
     from service.web.routes.key_routes import create_key
@@ -221,7 +231,15 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     address = http_address(LOOPBACK, upstream.getsockname()[1])
     settings = dev_settings(settings, address, given)
     catalogue = load_catalogue(settings.catalogue)
-    options = SandboxOptions(api_key=KEY, catalogue=catalogue, networks=settings.upstream_networks)
+    app = checked_sandbox(
+        SandboxOptions(
+            api_key=KEY,
+            catalogue=catalogue,
+            networks=settings.upstream_networks,
+            faults=default_faults(fault),
+            shares=shares(share),
+        )
+    )
 
     async def ready(context: "Context") -> None:
         resources = context.resources
@@ -231,7 +249,7 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
         announce(settings, address, created["key"], as_json)
 
     async def work(stop: "asyncio.Event") -> None:
-        async with listening(Server(create_sandbox(options), upstream, stop_s=1), stop):
+        async with listening(Server(app, upstream, stop_s=1), stop):
             await serve(settings, Role(), bound, stop, ready=ready)
 
     run(settings, work)

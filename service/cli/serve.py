@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.output import Json, Text, option, put_result
+from service.cli.sandbox_commands import Faults, Shares, serve_on_sandbox
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -34,20 +35,22 @@ def serve(
     sandbox: Annotated[
         bool, option("On a sandbox upstream of its own, with a store apart.", "--sandbox")
     ] = False,
+    fault: Faults = None,
+    share: Shares = None,
     host: Host = None,
     port: Port = None,
     as_json: Json = False,
 ) -> None:
     """Run web and workers in one process, until SIGTERM."""
+    if sandbox and no_worker:
+        raise typer.BadParameter("goes without --no-worker", param_hint="--sandbox")
+    if (fault or share) and not sandbox:
+        raise typer.BadParameter("goes only with --sandbox", param_hint="--fault, --share")
     import_quickly("service.app")
     from service.app import Role
 
-    if sandbox and no_worker:
-        raise typer.BadParameter("goes without --no-worker", param_hint="--sandbox")
     if sandbox:
-        from service.cli.sandbox_commands import serve_on_sandbox
-
-        serve_on_sandbox(given(host, port, as_json), as_json)
+        serve_on_sandbox(given(host, port, as_json), as_json, fault, share)
     else:
         start(Role(workers=not no_worker), given(host, port, as_json))
 

@@ -33,7 +33,6 @@ from service.cli.output import (
     put_json,
     put_result,
     remark,
-    terminal,
 )
 from service.cli.place import place
 from service.cli.submit_options import (
@@ -165,7 +164,7 @@ def post(client: ApiClient, order: JSON, key: str, wait_s: int | None = None) ->
 
 def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
     """The terminal task. Meanwhile a terminal shows the task's progress."""
-    wait_s = PROGRESS_WAIT_S if terminal() else SUBMIT_WAIT_S
+    wait_s = PROGRESS_WAIT_S if sys.stderr.isatty() else SUBMIT_WAIT_S
     with progress(task) as update:
         while not has_ended(task):
             update(task, held(client, task))
@@ -175,13 +174,14 @@ def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
 
 def held(client: ApiClient, task: JSON) -> str | None:
     """Why the task waits although the service works, as the last step of its timeline says it."""
-    if task["state"] != "queued":
+    if task["state"] not in ("queued", "uncertain"):
         return None
     try:
         steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
     except (CommandFailed, EgressError):  # a key without the scope `read`, or a restart
         return None
-    return steps[-1]["message"] if steps and steps[-1]["step"] == "task.held" else None
+    last = steps[-1] if steps else {}
+    return last.get("message") or last.get("reason")
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
     """A line of progress on standard error, with the reason why a task is held. Without a terminal
     only that reason, once.
     """
-    if not terminal():
+    if not sys.stderr.isatty():
         said: set[str] = set()
 
         def say(task: JSON, held: str | None) -> None:
@@ -207,10 +207,17 @@ def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
         line = display.add_task(f"{task['id']} {task['state']}", total=None)
 
         def show(task: JSON, held: str | None) -> None:
-            state = plain(held) if held else f"{task['state']} {task['progress']} %"
-            display.update(line, description=f"{task['id']} {state}")
+            display.update(line, description=f"{task['id']} {standing(task, held)}")
 
         yield show
+
+
+def standing(task: JSON, held: str | None) -> str:
+    """State, progress, the upstream's estimate, and why the task is held."""
+    parts = [f"{task['state']} {task['progress']} %"]
+    if estimate := task["task_info"]["estimated_time"]:
+        parts.append(f"estimate {estimate} s")
+    return ", ".join([*parts, plain(held)] if held else parts)
 
 
 def save(client: ApiClient, image: JSON, task_id: str, folder: Path) -> Path:

@@ -176,6 +176,8 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
         ("sandbox", "--price", "cheap"),
         ("sandbox", "--allow-networks", "127.0.0.1/8"),
         ("serve", "--sandbox", "--no-worker"),
+        ("serve", "--fault", "delay=1"),
+        ("tasks", "--url", "http://a.test", "--local"),
         ("serve", "--port", "70000"),
     ],
     ids=" ".join,
@@ -707,7 +709,8 @@ def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
     the result.
     """
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "service", "submit", "a lighthouse", "--wait"]
+    slow = ("--set", 'sandbox={"delay": 2}')
+    command = [sys.executable, "-m", "service", "submit", "a lighthouse", "--wait", *slow]
     environment = clean_environment({**client, "TERM": "xterm", "COLUMNS": "200"})
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=terminal, stderr=terminal
@@ -720,7 +723,8 @@ def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
         assert process.wait(30) == 0
     os.close(main)
     text = said.decode()
-    shown = [text.index(part) for part in ("estimate: 2 credits", "submitted", "cost: 2 credits")]
+    parts = ("at http://", "estimate: 2 credits", "submitted 0 %, estimate", "cost: 2 credits")
+    shown = [text.index(part) for part in parts]
     assert shown == sorted(shown)
     assert "/images/img_" in text.splitlines()[-1]
 

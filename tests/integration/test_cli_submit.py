@@ -205,12 +205,16 @@ def test_the_commands_of_a_sandbox_work_as_pasted_from_any_folder(tmp_path: Path
     darkroom = Path(sys.executable).with_name("darkroom")
     settings = clean_environment({"DARKROOM_DATA_DIR": str(tmp_path), "PATH": os.defpath})
     serving = subprocess.Popen(
-        [darkroom, "serve", "--sandbox", "--port", "0"], env=settings, stdout=subprocess.PIPE
+        [darkroom, "serve", "--sandbox", "--port", "0", "--fault", "format=webp"],
+        env=settings,
+        stdout=subprocess.PIPE,
     )
     with serving:
         lines = iter(serving.stdout or ())
         commands = [next(line for line in lines if line.startswith(b"or  "))[10:], next(lines)[10:]]
+        said = b""
         for command in commands:
             assert b"export" not in command
-            subprocess.run(["/bin/sh", "-c", command], env=settings, cwd="/", check=True)
+            said += subprocess.check_output(["/bin/sh", "-c", command], env=settings, cwd="/")
         serving.terminate()
+    assert said.splitlines()[0].endswith(b".webp")  # the fault of the command line
