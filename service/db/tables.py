@@ -208,8 +208,7 @@ endpoints = Table(
     Column("status_since", BigInteger),  # NULL: since before the column was there
     Column("disabled_at", BigInteger),
     Column("disabled_reason", Text),
-    Column("failing_since", BigInteger),
-    Column("paused_until", BigInteger),
+    *(Column(name, BigInteger) for name in ("failing_since", "paused_until")),
     Column("secret", LargeBinary, nullable=False),  # encrypted
     Column("created_at", BigInteger, nullable=False),
     Index(None, "owner"),
