@@ -131,10 +131,10 @@ class WorkerPool:
     async def _claim(self) -> None:
         try:
             clock = asyncio.get_running_loop().time
-            candidates = await self._look() if clock() >= self._look_at else frozenset()
             names = [name for name in self._backlog if self._stages[name].free]
             self._backlog -= set(names)  # the claim adds a stage again if it has more
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
+            candidates = await self._look() if clock() >= self._look_at else frozenset()
             for name, stage in self._stages.items():
                 if name in candidates and stage.free:
                     await self._run_candidate(stage)
@@ -156,7 +156,9 @@ class WorkerPool:
         self._look_at = clock() + quiet_s  # a commit from now on makes it earlier
         now = self._store.clock()
         found = await self._store.read(outlook, now)
-        self._backlog |= found.ready & self._stages.keys()
+        if ready := found.ready & self._stages.keys():
+            self._backlog |= ready
+            self._wake.set()
         wait_s = quiet_s if found.next_due is None else (found.next_due - now) / 1000
         self._look_at = min(self._look_at, clock() + max(LOOK_S, wait_s))
         return found.candidates
