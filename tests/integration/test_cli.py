@@ -116,6 +116,26 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def picture_link() -> Iterator[str]:
+    """A link on this machine, from which the sandbox fetches an input image."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = photo()
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/a.png"
+        server.shutdown()
+
+
 @pytest.fixture
 def client(dev: Running) -> Mapping[str, str]:
     """The two environment variables that a client command needs."""
@@ -286,7 +306,9 @@ def test_a_start_that_cannot_be_is_one_line(run: Run, tmp_path: Path, dev: Runni
 # --------------------------------------------------------------------------------------------------
 
 
-def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, str]) -> None:
+def test_submit_prints_the_id_and_waits_if_asked(
+    run: Run, client: Mapping[str, str], picture_link: str
+) -> None:
     """Standard output has only the result: the id, the links, the files, or with `--json` the whole
     task.
     """
@@ -309,21 +331,23 @@ def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, 
         {"a": "b", "c": "d=e"},
         "wan2.5-text-to-image",
     )
-    image = run("submit", "a gull", "--image", "https://example.com/a.png", "--json", **client).json
+    image = run("submit", "a gull", "--image", picture_link, "--json", **client).json
     assert (image["model"], image["request"]["image_urls"]) == (
         "wan2.5-image-to-image",
-        ["https://example.com/a.png"],
+        [picture_link],
     )
 
 
-def test_files_are_uploaded_and_edited(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
+def test_files_are_uploaded_and_edited(
+    run: Run, client: Mapping[str, str], tmp_path: Path, picture_link: str
+) -> None:
     """`files upload PATH…` prints ids, and `--image` takes a path, an id, a link or a result."""
     paths = [tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "small.png"]
     for path, content in zip(paths, (photo(), photo("JPEG"), photo(size=(9, 9))), strict=True):
         path.write_bytes(content)
     ids = run("files", "upload", str(paths[0]), str(paths[1]), **client).out.splitlines()
     assert all(re.fullmatch("file_[a-z2-7]{26}", id) for id in ids)
-    given = [str(paths[0]), ids[1], "https://example.com/a.png"]
+    given = [str(paths[0]), ids[1], picture_link]
     images = [word for each in given for word in ("--image", each)]
     task = run("submit", "a gull", *images, "--wait", "--json", **client).json
     assert [each["id"] is None for each in task["inputs"]] == [False, False, True]
