@@ -164,7 +164,8 @@ def migrate(as_json: Json = False) -> None:
             return await store.read(revision)
 
     schema = asyncio.run(migrated())
-    put_result({"schema": schema}, as_json, f"the store's schema is {schema}")
+    place = settings.sqlite_path or "the store on PostgreSQL"
+    put_result({"schema": schema}, as_json, f"{place} has the schema {schema}")
 
 
 def openapi(as_json: Json = False) -> None:

@@ -1,5 +1,6 @@
 """Fields of a submission on the command line."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ Images = Annotated[
         metavar="PATH|URL|img_…|file_…",
     ),
 ]
+
+
+def key_of(text: str | None) -> str:
+    """The idempotency key, a new one if none is given."""
+    if text is None:
+        return os.urandom(16).hex()
+    if not re.fullmatch("[!-~]{1,255}", text):
+        message = "wants 1 to 255 visible ASCII characters"
+        raise typer.BadParameter(message, param_hint="--idempotency-key")
+    return text
 
 
 def prompt_of(text: str) -> str:

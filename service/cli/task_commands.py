@@ -43,6 +43,7 @@ from service.cli.submit_options import (
     Prompt,
     PromptExtend,
     inputs,
+    key_of,
     prompt_of,
     put_all,
 )
@@ -55,8 +56,7 @@ SUBMIT_WAIT_S = 60  # how long one call waits for the end of the task
 PROGRESS_WAIT_S = 1  # the same while a terminal shows progress
 SHOWN = ("id", "state", "upstream_id", "model", "prompt", "request", "metadata", "usage", "error")
 LEFT = "Its ids, times, state, costs and the sizes of its images are left."
-EVENTS_PAGE = 1000
-EVENTS_WAIT_S = 30
+EVENTS_PAGE, EVENTS_WAIT_S = 1000, 30
 # A follower waits 1 + 2 + 4 + … + 64 = 127 s between eight failed calls: a restart of the service.
 MAX_FAILURES = 8
 
@@ -100,7 +100,7 @@ def submit(
         }
     )
     put_all(order, fields, "--set")
-    task, files, estimate = submitted(order, idempotency_key or os.urandom(16).hex(), wait, out)
+    task, files, estimate = submitted(order, key_of(idempotency_key), wait, out)
     lines = [task["id"]] if not wait else task["results"]
     if files is not None:
         task, lines = {**task, "files": files}, files

@@ -186,6 +186,7 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
         ("submit", "x", "--n", "none"),
         ("submit", "x", "--image", "picture.png"),
         ("submit", "x", "--metadata", "novalue"),
+        ("submit", "x", "--idempotency-key", "✓"),
         ("tasks", "--limit", "0"),
         ("task", ".."),
         ("endpoints", "patch", "ep_x"),
