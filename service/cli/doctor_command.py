@@ -1,6 +1,5 @@
 """`darkroom doctor`: checks of the set-up, by the service or by this program."""
 
-import asyncio
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +42,8 @@ def asked() -> JSON:
 
 
 def examined_here() -> JSON:
+    import asyncio
+
     from service.doctor.examination import examine, report
     from service.doctor.patient import local
     from service.doctor.setting_checks import settings_that_work
