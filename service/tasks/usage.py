@@ -60,17 +60,20 @@ class UsageFigures:
             setattr(self, name, getattr(self, name) + int(value or 0))
 
 
-def usage_by(connection: Connection, by: str, wanted: UsageFilter) -> dict[str, UsageFigures]:
+def usage_by(
+    connection: Connection, by: str, wanted: UsageFilter, most: int | None = None
+) -> dict[str, UsageFigures]:
     """The figures by key, in the order of the keys. A day is a date of UTC. At most one more than
-    `MAX_KEYS`.
+    `MAX_KEYS`. With `most`, only that many keys with the highest cost, the highest first.
     """
     found: dict[str, UsageFigures] = {}
+    keys = None if most is None else dearest(connection, by, wanted, most)
 
-    def read(table: Table, *columns: ColumnElement[Any], joined: bool = False) -> None:
+    def read(table: Table, *columns: ColumnElement[Any], where: Sequence[Any] = ()) -> None:
         key = key_of(by, table)
-        statement = wanted.narrow(select(key.label("key"), *columns), table)
-        if joined:
-            statement = statement.join(images, images.c.task_id == tasks.c.id).where(*SHOWN_IMAGES)
+        statement = wanted.narrow(select(key.label("key"), *columns), table).where(*where)
+        if keys is not None:
+            statement = statement.where(key.in_(keys))
         statement = statement.group_by(key).order_by(key).limit(MAX_KEYS + 1)
         for row in connection.execute(statement).mappings():
             figures = found.setdefault(key_text(by, row["key"]), UsageFigures())
@@ -79,7 +82,7 @@ def usage_by(connection: Connection, by: str, wanted: UsageFilter) -> dict[str, 
     counted = func.count().label("tasks")
     requested = func.sum(func.coalesce(tasks.c.images_requested, 1)).label("images_requested")
     read(tasks, counted, requested, func.sum(tasks.c.credits_reserved).label("reserved"))
-    read(tasks, func.count().label("images"), joined=True)
+    read(tasks, func.count().label("images"), where=(images.c.task_id == tasks.c.id, *SHOWN_IMAGES))
     kind, credits = ledger.c.kind, ledger.c.credits
     unanswered = select(tasks.c.id).where(tasks.c.credits_reserved.is_(None))
     read(
@@ -87,11 +90,19 @@ def usage_by(connection: Connection, by: str, wanted: UsageFilter) -> dict[str, 
         func.sum(credits).filter(kind == ESTIMATE).label("estimated"),
         func.sum(credits).filter(kind.in_((CHARGE, ADJUST))).label("used"),
         (-func.sum(credits).filter(kind == REFUND)).label("refunded"),
-        func.sum(credits)
-        .filter(kind == RESERVE, ledger.c.task_id.in_(unanswered))
-        .label("reserved"),
     )
-    return dict(sorted(found.items()))
+    held = kind == RESERVE, ledger.c.task_id.in_(unanswered)
+    read(ledger, func.sum(credits).label("reserved"), where=held)
+    texts = sorted(found) if keys is None else [key_text(by, key) for key in keys]
+    return {text: found[text] for text in texts}
+
+
+def dearest(connection: Connection, by: str, wanted: UsageFilter, most: int) -> list[Any]:
+    """The keys with the highest cost after refunds, the highest first."""
+    key, paid = key_of(by, ledger), ledger.c.kind.in_((CHARGE, ADJUST, REFUND))
+    cost = func.coalesce(func.sum(ledger.c.credits).filter(paid), 0)
+    statement = wanted.narrow(select(key), ledger).group_by(key).order_by(cost.desc(), key)
+    return list(connection.scalars(statement.limit(most)))
 
 
 def key_of(by: str, table: Table) -> ColumnElement[Any]:

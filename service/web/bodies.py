@@ -191,11 +191,11 @@ def query_owner(request: Request) -> str | None:
     return owner
 
 
-def query_limit(request: Request) -> int:
-    text = request.query_params.get("limit", str(LIMIT))
+def query_limit(request: Request, name: str = "limit") -> int:
+    text = request.query_params.get(name, str(LIMIT))
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
-        message = f"limit must be a whole number from 1 to {MAX_LIMIT}, not {shown(text)}"
-        raise invalid_request(message, "limit")
+        message = f"{name} must be a whole number from 1 to {MAX_LIMIT}, not {shown(text)}"
+        raise invalid_request(message, name)
     return int(text)
 
 

@@ -30,8 +30,9 @@ def one_of(about: str, *values: str) -> JSON:
     return {"schema": {"type": "string", "enum": list(values)}, "description": about}
 
 
-def number(least: int, most: int, default: int, about: str, type: str = "integer") -> JSON:
-    limits = {"minimum": least, "maximum": most, "default": default}
+def number(least: int, most: int, default: int | None, about: str, type: str = "integer") -> JSON:
+    limits = {"minimum": least, "maximum": most}
+    limits |= {} if default is None else {"default": default}
     return {"schema": {"type": type, **limits}, "description": about}
 
 
@@ -64,6 +65,7 @@ QUERY: Mapping[str, JSON] = {
     "from": time("from this time or the beginning of this day (UTC) on", "date"),
     "to": time("before this time or up to the end of this day (UTC)", "date"),
     "by": {**one_of("the groups of the report", *GROUPS)},
+    "most": number(1, MAX_LIMIT, None, "only this many rows, those with the highest cost"),
     "state": one_of("the state of the task", *(state.value for state in State)),
     "/v1/deliveries state": one_of("the delivery's state", "pending", "delivered", "dead"),
     "model": text("the name of the model"),

@@ -292,3 +292,40 @@ async def test_what_is_left_of_the_budget_stands_beside_the_button(
         await expect(page.locator("#estimate")).to_contain_text(
             re.compile(r"[2-6](\.\d)? of 10 left")
         )
+
+
+async def test_the_prompt_is_extended_unless_it_is_switched_off(
+    browser: Browser, here: World
+) -> None:
+    """The box is checked by default. "Edit and send" keeps how it was."""
+    for checked in (True, False):
+        async with person(browser, here) as page:
+            await page.goto(PLAYGROUND)
+            await page.locator("#prompt").fill("as it is")
+            await page.get_by_label("Extend the prompt").set_checked(checked)
+            await page.get_by_role("button", name="Send").locator("visible=true").click()
+            await page.wait_for_url("**?task=*")
+            task = await here.task(page.url.rpartition("=")[2])
+            assert task["request"].get("prompt_extend", True) is checked
+            await page.get_by_role("link", name="Edit and send").click()
+            await expect(page.get_by_label("Extend the prompt")).to_be_checked(checked=checked)
+
+
+async def test_metadata_is_sent_and_comes_back(browser: Browser, here: World) -> None:
+    """One pair a line. A line without a sign of equality is an error at the field, while typing."""
+    async with person(browser, here) as page:
+        await page.goto(PLAYGROUND)
+        await page.locator("#prompt").fill("for an order")
+        await page.locator("#more-metadata summary").click()
+        await page.locator("#metadata").fill("order")
+        await expect(page.locator("#metadata-error")).to_contain_text("lines such as order=7")
+        await fill(page, "Metadata", "order=7 = seven\n客户 = 王")
+        await expect(page.locator("#metadata-error")).to_be_hidden()
+        await expect(page.locator("#sample-curl")).to_contain_text('"order": "7 = seven"')
+        await page.get_by_role("button", name="Send").locator("visible=true").click()
+        await page.wait_for_url("**?task=*")
+        task = await here.task(page.url.rpartition("=")[2])
+        assert task["metadata"] == {"order": "7 = seven", "客户": "王"}
+        await expect(page.locator("#result")).to_contain_text("7 = seven")
+        await page.get_by_role("link", name="Edit and send").click()
+        await expect(page.locator("#metadata")).to_have_value("order=7 = seven\n客户=王")

@@ -2,18 +2,44 @@
 them.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
 from service.app import Role
-from tests.world import World, world
+from service.events import replays
+from service.queue import worker
+from tests.servers import postgres_database
+from tests.world import Subscriber, World, subscriber, world
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module with `STORES` has each test of its world `here` on these stores."""
+    stores = getattr(metafunc.module, "STORES", None)
+    if stores and "store_settings" in metafunc.fixturenames:
+        metafunc.parametrize("store_settings", stores, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """A world in which everything goes its way."""
-    async with world(tmp_path_factory.mktemp("here")) as made:
+def store_settings(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """The settings of the store of `here`. Without a parameter it is SQLite."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        yield {}
+        return
+    with postgres_database(request.getfixturevalue("postgres_server")) as url:
+        yield {"database_url": url, "secret_key": "k" * 32}
+
+
+@pytest.fixture(scope="module")
+async def here(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    store_settings: dict[str, Any],
+) -> AsyncIterator[World]:
+    """A world in which everything goes its way, with the `SETTINGS` of the module."""
+    settings: dict[str, Any] = getattr(request.module, "SETTINGS", {})
+    async with world(tmp_path_factory.mktemp("here"), **settings, **store_settings) as made:
         yield made
 
 
@@ -21,4 +47,20 @@ async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]
 async def still(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """A world without workers: what is submitted stays as it is."""
     async with world(tmp_path_factory.mktemp("still"), role=Role(workers=False)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def quick_replays() -> Iterator[None]:
+    """Workers look often, and a replay makes its next page soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        patch.setattr(replays, "EVERY_MS", 20)
+        yield
+
+
+@pytest.fixture
+async def shop() -> AsyncIterator[Subscriber]:
+    """A subscriber of one test."""
+    async with subscriber() as made:
         yield made

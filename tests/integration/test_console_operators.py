@@ -162,7 +162,16 @@ async def test_the_overview_shows_the_metrics(here: World, admin: httpx.AsyncCli
     assert re.search(rf'<th scope="row">accepted</th><td class="num">{accepted:g}</td>', page)
     assert buckets["callback_to_event_seconds"][-1][1] > 0
     assert "<h2>Health</h2>" in page
+    assert re.search(r'<th scope="row">serve</th><td class="num">1</td>', page)
+    assert "Brokers behind, in seconds" in page
     assert quantile(buckets["callback_to_event_seconds"], 0.5) is not None
+
+
+def test_a_broker_that_is_not_behind_is_shown_too() -> None:
+    text = '# TYPE darkroom_sink_lag gauge\ndarkroom_sink_lag{sink="a"} 0\n'
+    figures, _ = figures_of(text + 'darkroom_sink_lag{sink="b"} 2.5\n')
+    assert figures.by("sink_lag", zeros=True) == [("b", 2.5), ("a", 0.0)]
+    assert figures.by("sink_lag") == [("b", 2.5)]
 
 
 def test_a_quantile_is_interpolated_in_its_bucket() -> None:

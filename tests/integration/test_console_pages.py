@@ -2,49 +2,35 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from html import unescape
 
 import httpx
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy import event as statements
 from starlette.responses import Response
 
+from service.db.money_tables import ledger
+from service.db.tables import images as image_table
 from service.db.tables import tasks as task_table
 from service.db.transaction import Transaction
-from service.events import replays as pipeline
-from service.queue import worker
 from service.signing import hash_api_key
 from service.web.sessions import COOKIE
 from tests.outbox import emitted
 from tests.waiting import wait_until
-from tests.world import ADMIN_KEY, Subscriber, World, subscriber, world
+from tests.world import ADMIN_KEY, JSON, Subscriber, World
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_replays")]
+SETTINGS = {"delivery_schedule": (0.05,)}
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}</title><script>alert(2)</script>'
-MOST_BYTES, MOST_STATEMENTS = 100_000, 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(pipeline, "EVERY_MS", 20)
-        yield
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("pages"), delivery_schedule=(0.05,)) as made:
-        yield made
+MOST_BYTES, MOST_STATEMENTS = 100_000, 60
 
 
 @pytest.fixture
-async def shop() -> AsyncIterator[Subscriber]:
-    async with subscriber() as made:
-        made.answer = lambda _n, _request: Response(HOSTILE, 503)
-        yield made
+def shop(shop: Subscriber) -> Subscriber:
+    shop.answer = lambda _n, _request: Response(HOSTILE, 503)
+    return shop
 
 
 class Visitor:
@@ -158,6 +144,69 @@ async def test_each_act_on_a_task_asks_first_and_says_what_will_happen(
     await visitor.get(f"{path}/explode", 404)
 
 
+async def test_a_running_task_is_cancelled(here: World, visitor: Visitor) -> None:
+    task = await here.submit(sandbox={"delay": 600})
+    path = f"/console/tasks/{task['id']}"
+    page = await visitor.get(path)
+    assert f'href="{path}/cancel"' in page
+    assert f'href="{path}/erase"' not in page
+    page = await visitor.get(f"{path}/cancel")
+    assert "Subscribers get image.task.cancelled." in " ".join(page.split())
+    assert (await here.task(task["id"]))["state"] == "submitted"
+    assert "The task is cancelled." in await visitor.post(f"{path}/cancel")
+    assert (await here.task(task["id"]))["state"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"), [("failed", "failed"), ("id", "completed"), ("resubmit", "completed")]
+)
+async def test_a_submission_of_unknown_outcome_is_resolved(
+    here: World, visitor: Visitor, outcome: str, state: str
+) -> None:
+    """As failed, with the id that the upstream shows, or by another submission."""
+    lost = {"lose_answer": True, "drop_callback": True}
+    answer = {"prefer": "wait=5"}
+    task = await here.submit(prompt=f"lost, {outcome}", sandbox=lost, headers=answer)
+    assert (await here.task(task["id"]))["state"] == "uncertain"
+    path = f"/console/tasks/{task['id']}"
+    assert f'href="{path}/resolve"' in await visitor.get(path)
+    upstream_id = ""
+    if outcome == "id":
+        upstream_id = (await here.sandbox.get("/sandbox/tasks")).json()["data"][-1]["id"]
+        assert "upstream" in await visitor.post(f"{path}/resolve", 400, outcome="id")
+    page = await visitor.post(f"{path}/resolve", outcome=outcome, upstream_id=upstream_id)
+    assert "The submission is settled." in page
+    if state == "failed":
+        assert (await here.task(task["id"]))["state"] == state
+    else:
+        assert (await here.task(task["id"]))["state"] != "uncertain"
+        await visitor.post(f"{path}/reconcile", 200)
+
+
+async def test_an_endpoint_is_edited(here: World, visitor: Visitor) -> None:
+    """A wrong address stands at its field, with what was typed. The secret stays."""
+    body = {"url": "http://127.0.0.1:1/old", "types": ["task.parked"]}
+    made = (await here.client.post("/v1/endpoints", json=body)).json()
+    path = f"/console/endpoints/{made['id']}"
+    page = await visitor.get(f"{path}/edit")
+    assert 'value="http://127.0.0.1:1/old"' in page
+    assert 'value="task.parked"' in page
+    page = await visitor.post(f"{path}/edit", 400, url="ftp://x", types="task.parked")
+    assert re.search('value="ftp://x"[^>]* aria-invalid="true"', page)
+    page = await visitor.post(
+        f"{path}/edit",
+        url="http://127.0.0.1:1/new",
+        types="task.parked, image.task.*",
+        description="d",
+    )
+    assert "The endpoint is changed." in page
+    shown = (await here.client.get(f"/v1/endpoints/{made['id']}")).json()
+    assert (shown["url"], shown["types"]) == (
+        "http://127.0.0.1:1/new",
+        ["task.parked", "image.task.*"],
+    )
+
+
 async def test_an_endpoint_is_created_tested_paused_rotated_and_deleted(
     here: World, visitor: Visitor, shop: Subscriber
 ) -> None:
@@ -244,33 +293,106 @@ async def test_failures_are_grouped_and_all_that_match_are_sent_again(
 
 
 def many_tasks(tx: Transaction, counts: Sequence[int]) -> list[None]:
-    """Copies of the newest task, with hostile prompts of their own."""
-    row = dict(tx.connection.execute(task_table.select().limit(1)).mappings().one())
+    """Copies of the newest task with their image and their ledger, with prompts of their own."""
+    run = tx.connection.execute
+    completed = task_table.c.state == "completed"
+    task = dict(run(task_table.select().where(completed).limit(1)).mappings().one())
+    mine = image_table.c.task_id == task["id"]
+    image = dict(run(image_table.select().where(mine).limit(1)).mappings().one())
+    entries = run(ledger.select().where(ledger.c.task_id == task["id"])).mappings().all()
+    ids = [f"task_{number:026d}" for number in range(counts[0])]
+    fresh = {"idempotency_key": None, "submit_due_at": None, "settle_due_at": None}
     rows = [
-        row
-        | {"id": f"task_{number:026d}", "upstream_id": f"task-unified-{number}"}
-        | {"idempotency_key": None, "prompt": f"{HOSTILE} {number}" * 20}
-        | {"submit_due_at": None, "settle_due_at": None}
-        for number in range(counts[0])
+        task | fresh | {"id": id, "upstream_id": f"u-{id}", "prompt": f"{HOSTILE} {id}" * 20}
+        for id in ids
     ]
-    tx.connection.execute(task_table.insert(), rows)
+    run(task_table.insert(), rows)
+    run(image_table.insert(), [image | {"id": f"img{id[4:]}", "task_id": id} for id in ids])
+    copies = [
+        {
+            **entry,
+            "task_id": id,
+            "id": f"led_{place}_{id}",
+            "sequence": 10_000 + len(ids) * place + n,
+        }
+        for place, entry in enumerate(entries)
+        for n, id in enumerate(ids)
+    ]
+    run(ledger.insert(), copies)
     return [None]
 
 
-async def test_pages_stay_small_with_five_thousand_tasks(here: World, visitor: Visitor) -> None:
-    """At most 100 KB and a fixed number of statements."""
-    await here.ended((await here.submit())["id"])
+async def test_every_page_is_small_and_asks_little_with_five_thousand_tasks(
+    here: World, visitor: Visitor, shop: Subscriber
+) -> None:
+    """At most 100 KB, and a number of statements that does not grow with the tasks. A full page of
+    tasks reads their images in a few statements more.
+    """
+    made = await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/many"})
+    endpoint = made.json()["id"]
+    task = (await here.ended((await here.submit())["id"]))["id"]
+
+    async def failed() -> list[JSON] | None:
+        query = {"endpoint": endpoint, "state": "dead"}
+        found: list[JSON] = (await here.client.get("/v1/deliveries", params=query)).json()["data"]
+        return found or None
+
+    delivery = (await wait_until(failed))[0]["id"]
+    await here.client.patch(f"/v1/endpoints/{endpoint}", json={"status": "disabled"})
+    paths = [
+        *re.findall('<li><a href="(/console/[^"]+)"', await visitor.get("/console/tasks")),
+        *(f"/console/tasks?{each}" for each in ("prompt=nothing+is+like+it", "error=nothing")),
+        "/console/gallery?prompt=lighthouse",
+        f"/console/playground?task={task}",
+        f"/console/gallery/{task}/0",
+        f"/console/tasks/{task}",
+        f"/console/deliveries/{delivery}",
+        f"/console/endpoints/{endpoint}",
+    ]
+    before = await statements_of(visitor, paths)
     await here.context.resources.store.write(many_tasks, 5000)
+    after = await statements_of(visitor, paths)
+    assert len(paths) > 15
+    more = {path: (before[path], after[path]) for path in paths if after[path] > before[path] + 10}
+    assert more == {}
+    assert max(after.values()) <= MOST_STATEMENTS, after
+
+
+async def statements_of(visitor: Visitor, paths: Sequence[str]) -> dict[str, int]:
+    """How many times each page reads the store. The visitor checks its size."""
     seen: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
-        seen.append(statement)
+        if statement.startswith("SELECT"):
+            seen.append(statement)
 
     statements.listen(Engine, "before_cursor_execute", note)
+    counted = {}
     try:
-        for path in ("/console/tasks", "/console/deliveries", "/console/endpoints"):
+        for path in paths:
             seen.clear()
             await visitor.get(path)
-            assert len([each for each in seen if each.startswith("SELECT")]) <= MOST_STATEMENTS
+            counted[path] = len(seen)
     finally:
         statements.remove(Engine, "before_cursor_execute", note)
+    return counted
+
+
+async def test_groups_and_replays_read_by_an_index(here: World) -> None:
+    """The plans have no scan of a table."""
+
+    def plans(connection: Connection) -> list[str]:
+        failing = "FROM deliveries WHERE cause IS NOT NULL"
+        found = []
+        for more in ("", "AND owner = 'a'"):
+            group = "SELECT endpoint_id, cause, failed_since, failed_at"
+            asked = f"EXPLAIN QUERY PLAN {group} {failing} {more} ORDER BY failed_at DESC LIMIT 9"
+            found += [row[3] for row in connection.execute(text(asked))]
+        order = "AND created_at >= 5 ORDER BY created_at, id LIMIT 9"
+        asked = f"EXPLAIN QUERY PLAN SELECT * {failing} AND owner = 'a' {order}"
+        return found + [row[3] for row in connection.execute(text(asked))]
+
+    found = await here.context.resources.store.read(plans)
+    assert ["COVERING INDEX ix_deliveries" in plan for plan in found[:2]] == [True, True]
+    assert "ix_deliveries_failed_created_at" in found[2]
+    assert len(found) == 3  # no sorting

@@ -189,7 +189,16 @@ async def test_a_form_of_another_site_does_nothing(here: World, headers: dict[st
 
 
 @pytest.mark.parametrize(
-    "path", [SIGN_IN, PLAYGROUND, "/console/nothing", "/console/", "/docs", "/docs/events"]
+    "path",
+    [
+        SIGN_IN,
+        PLAYGROUND,
+        "/console/nothing",
+        "/console/",
+        "/docs",
+        "/docs/schemas",
+        "/docs/events",
+    ],
 )
 async def test_every_page_has_the_headers_that_protect_it(here: World, path: str) -> None:
     """No inline script or style, no frame, no other address, nothing kept by a cache."""
@@ -212,6 +221,17 @@ async def test_every_page_has_the_headers_that_protect_it(here: World, path: str
     assert inline.found == []
     addresses = re.findall(r'(?:src|href|action)="(?!/|#)([^"]*)"', page.text)
     assert addresses == []
+
+
+async def test_the_documentation_is_small_and_its_links_lead_somewhere(here: World) -> None:
+    """Each page has at most 100 KB."""
+    paths = ("/docs", "/docs/schemas", "/docs/events")
+    pages = {path: (await here.stranger.get(path)).text for path in paths}
+    for path, page in pages.items():
+        assert len(page.encode()) <= 100_000
+        for target in set(re.findall('href="([^"]*#[^"]+)"', page)):
+            other, _, id = target.partition("#")
+            assert f'id="{id}"' in pages[other or path], target
 
 
 async def test_failed_sign_ins_are_limited(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,44 +1,27 @@
 """Failures by endpoint and cause, and replays of the deliveries that match a filter."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
 from starlette.responses import Response
 
-from service.events import replays as pipeline
-from service.queue import worker
 from tests.api import got, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until
-from tests.world import JSON, Subscriber, World, subscriber, world
+from tests.world import JSON, Subscriber, World
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_replays")]
+SETTINGS = {"delivery_schedule": (0.05,)}
 FAILED = "image.task.failed"
 DONE, BROKEN = Response(status_code=204), Response(status_code=503)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(pipeline, "EVERY_MS", 20)
-        yield
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("failures"), delivery_schedule=(0.05,)) as made:
-        yield made
-
-
 @pytest.fixture
-async def shop() -> AsyncIterator[Subscriber]:
-    async with subscriber() as made:
-        made.answer = lambda _n, _request: BROKEN
-        yield made
+def shop(shop: Subscriber) -> Subscriber:
+    shop.answer = lambda _n, _request: BROKEN
+    return shop
 
 
 @pytest.fixture
@@ -277,23 +260,3 @@ async def test_a_test_may_have_an_edited_event_and_health_counts_attempts(
     assert health["p50_ms"] <= health["p95_ms"]
     assert sum(hour["ok"] + hour["failed"] for hour in health["hours"]) == 3
     assert len(health["hours"]) == 24
-
-
-async def test_groups_and_replays_read_by_an_index(here: World) -> None:
-    """The plans have no scan of a table."""
-
-    def plans(connection: Any) -> list[str]:
-        failing = "FROM deliveries WHERE cause IS NOT NULL"
-        found = []
-        for more in ("", "AND owner = 'a'"):
-            group = "SELECT endpoint_id, cause, failed_since, failed_at"
-            asked = f"EXPLAIN QUERY PLAN {group} {failing} {more} ORDER BY failed_at DESC LIMIT 9"
-            found += [row[3] for row in connection.execute(text(asked))]
-        order = "AND created_at >= 5 ORDER BY created_at, id LIMIT 9"
-        asked = f"EXPLAIN QUERY PLAN SELECT * {failing} AND owner = 'a' {order}"
-        return found + [row[3] for row in connection.execute(text(asked))]
-
-    found = await here.context.resources.store.read(plans)
-    assert ["COVERING INDEX ix_deliveries" in plan for plan in found[:2]] == [True, True]
-    assert "ix_deliveries_failed_created_at" in found[2]
-    assert len(found) == 3  # no sorting

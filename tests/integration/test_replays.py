@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,38 +12,18 @@ import pytest
 from starlette.responses import Response
 
 from service.events import replays as pipeline
-from service.queue import worker
 from service.upkeep.expiry import forget_replays
 from tests.api import TIME, got, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until
-from tests.world import Subscriber, World, subscriber, world
+from tests.world import Subscriber, World, world
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_replays")]
+SETTINGS = {"delivery_schedule": (0.05,)}
 
 JSON = dict[str, Any]
 FAILED, COMPLETED = "image.task.failed", "image.task.completed"
 DONE, BROKEN = Response(status_code=204), Response(status_code=500)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(pipeline, "EVERY_MS", 50)
-        yield
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("replays"), delivery_schedule=(0.05,)) as made:
-        yield made
-
-
-@pytest.fixture
-async def shop() -> AsyncIterator[Subscriber]:
-    async with subscriber() as made:
-        yield made
 
 
 @pytest.fixture

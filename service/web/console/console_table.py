@@ -195,8 +195,7 @@ def by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
 def page_routes(*, console: bool) -> list[Route]:
     """The routes of the pages: those of the documents need no key."""
     return [
-        Path("/docs", docs_page.openapi_docs),
-        Path("/docs/events", docs_page.asyncapi_docs),
+        *(Path(path, docs_page.documentation) for path in docs_page.TEMPLATES),
         Route("/assets/{version}/{name}", asset),
         *(console_routes() if console else ()),
     ]

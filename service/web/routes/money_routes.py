@@ -55,7 +55,8 @@ async def report(request: Request) -> Response:
     by = query_text(request, "by", GROUPS) or "day"
     since, until = query_day(request, "from", 0), query_day(request, "to", 1)
     wanted = UsageFilter(query_owner(request), since, until)
-    found = await resources_of(request).store.read(usage.usage_by, by, wanted)
+    most = query_limit(request, "most") if "most" in request.query_params else None
+    found = await resources_of(request).store.read(usage.usage_by, by, wanted, most)
     if len(found) > MAX_KEYS:
         message = f"the report has more than {MAX_KEYS} rows: narrow it by from and to"
         raise invalid_request(message, "by")

@@ -89,7 +89,7 @@ SPECS = (
     spec("GET /v1/catalogue/{model}", catalogue.model, "read submit", CatalogueModel),
     spec("POST /v1/estimates", catalogue.estimate, "submit read", Estimate, EstimatedSubmission),
     spec("GET /v1/ledger?owner&task&after&limit", money.entries, "read", money_schemas.EntryList),
-    spec("GET /v1/usage?from&to&by&owner", money.report, "read", money_schemas.UsageReport),
+    spec("GET /v1/usage?from&to&by&owner&most", money.report, "read", money_schemas.UsageReport),
     spec("GET /v1/budgets?owner&limit&cursor", money.budgets, "read", money_schemas.BudgetList),
     spec("PUT /v1/budgets/{owner}", money.set_budget, "admin", OwnersBudget, BudgetChange),
     spec("GET /v1/credits", upstream.credits, "admin"),

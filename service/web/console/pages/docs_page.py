@@ -15,6 +15,8 @@ from service.web.openapi import document as openapi_document
 from service.web.published import has_tag
 from service.web.routes.table import SPECS
 
+API, SCHEMAS, EVENTS = "/docs", "/docs/schemas", "/docs/events"
+TEMPLATES = {API: "docs_api.html", SCHEMAS: "docs_schemas.html", EVENTS: "docs_events.html"}
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
@@ -27,16 +29,8 @@ HEADERS = {
 }
 
 
-async def openapi_docs(request: Request) -> Response:
-    return document_page(request, "docs_api.html")
-
-
-async def asyncapi_docs(request: Request) -> Response:
-    return document_page(request, "docs_events.html")
-
-
-def document_page(request: Request, template: str) -> Response:
-    body = rendered(template)
+async def documentation(request: Request) -> Response:
+    body = rendered(request.url.path)
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {**HEADERS, "ETag": etag}
     if has_tag(request.headers.get("if-none-match", ""), etag):
@@ -45,13 +39,18 @@ def document_page(request: Request, template: str) -> Response:
 
 
 @cache
-def rendered(template: str) -> bytes:
-    document = openapi_document(SPECS) if template == "docs_api.html" else asyncapi_document()
-    schemas = document["components"]["schemas"]
-    values = {"document": document, "schemas": schemas, "type_of": type_of, "rows_of": rows_of}
-    if template == "docs_api.html":
-        values["groups"] = groups(document["paths"])
-    text = environment().get_template(template).render(values)
+def rendered(path: str) -> bytes:
+    document = asyncapi_document() if path == EVENTS else openapi_document(SPECS)
+    values = {
+        "here": path,
+        "document": document,
+        "schemas": document["components"]["schemas"],
+        "schema_page": SCHEMAS if path == API else "",
+        "groups": groups(document.get("paths", {})),
+        "type_of": type_of,
+        "rows_of": rows_of,
+    }
+    text = environment().get_template(TEMPLATES[path]).render(values)
     return re.sub(r"\s*\n\s*", "\n", text).encode()
 
 

@@ -35,9 +35,10 @@ class Figures:
         value = self.samples[name].get(())
         return value if value is not None and isfinite(value) else None
 
-    def by(self, name: str) -> list[tuple[str, float]]:
-        """A metric with one label, without its zeros. The largest value is first."""
-        rows = [(labels[0], value) for labels, value in self.samples[name].items() if value]
+    def by(self, name: str, *, zeros: bool = False) -> list[tuple[str, float]]:
+        """A metric with one label, the largest value first, without its zeros unless `zeros`."""
+        values = self.samples[name].items()
+        rows = [(labels[0], value) for labels, value in values if value or zeros]
         return sorted((row for row in rows if not isnan(row[1])), key=lambda row: -row[1])
 
     def total(self, name: str) -> float:

@@ -20,8 +20,8 @@ async def spending(visit: Visit) -> Response:
     if asked["from"] is None and asked["to"] is None:
         asked["from"] = f"{today - timedelta(DAYS - 1)}"
 
-    async def report(by: str) -> Row:
-        found: Row = await visit.call("GET /v1/usage", {**asked, "by": by})
+    async def report(by: str, **more: int) -> Row:
+        found: Row = await visit.call("GET /v1/usage", {**asked, "by": by, **more})
         return found
 
     try:
@@ -31,10 +31,6 @@ async def spending(visit: Visit) -> Response:
         if error.param not in asked:
             raise
         return visit.render("spending.html", 400, error=error, asked=asked)
-    try:
-        tasks = (await report("task"))["data"]
-    except ApiError:  # there are too many for one report
-        tasks = None
     owner = {"owner": asked["owner"], "limit": 50}
     return visit.render(
         "spending.html",
@@ -44,7 +40,7 @@ async def spending(visit: Visit) -> Response:
         totals=days["totals"],
         models=models["data"],
         owners=owners["data"] if owners else [],
-        dearest=sorted(tasks, key=net, reverse=True)[:DEAREST] if tasks is not None else None,
+        dearest=(await report("task", most=DEAREST))["data"],
         budgets=(await visit.call("GET /v1/budgets", owner))["data"],
         net=net,
     )

@@ -12,7 +12,7 @@ from service.web.console.task_drawing import difference, offsets, state_drawing,
 from service.web.console.visits import View, Visit
 
 TASK = "/console/tasks/{task_id}"
-STEPS, BODY = 150, 6000  # shown on a page, so that it stays small
+STEPS, BODY, RAW = 150, 4000, 2000  # shown on a page, so that it stays small
 # The acts. Each has its label, the question, what will happen, what was done.
 ACTS: Mapping[str, tuple[str, str, str, str]] = {
     "cancel": (
@@ -71,10 +71,10 @@ def acts_of(visit: Visit, task: JSON) -> list[tuple[str, str]]:
     return [(name, ACTS[name][0]) for name, allowed in may.items() if allowed]
 
 
-def cut(text: str | None) -> str | None:
-    if text is None or len(text) <= BODY:
+def cut(text: str | None, most: int = BODY) -> str | None:
+    if text is None or len(text) <= most:
         return text
-    return f"{text[:BODY]}\n… {len(text) - BODY} more characters"
+    return f"{text[:most]}\n… {len(text) - most} more characters"
 
 
 def pretty(body: str | None) -> str | None:
@@ -108,7 +108,10 @@ async def task(visit: Visit) -> Response:
         more=len(steps) - len(shown),
         drawing=timeline_drawing(drawn) if drawn else None,
         machine=state_drawing(found["state"]),
-        callbacks=[{**each, "body": pretty(each["body"])} for each in calls[:8]],
+        callbacks=[
+            {**each, "body": pretty(each["body"]), "raw": cut(each["body"], RAW)}
+            for each in calls[:8]
+        ],
         callback_count=len(calls),
         first=first,
         conflicts=conflicts[:3],
