@@ -1,6 +1,8 @@
-"""Sends callbacks one after another, from a process of its own: the work of an attacker in the
-test's process does not lengthen their times. A line of input is a number of callbacks. A line of
-output is the list of their milliseconds.
+"""Sends callbacks one after another to two services in turns, from a process of its own, so that
+the work of an attacker in the test's process does not lengthen their times.
+
+The arguments are port, path and body of each service. A line of input is a number of callbacks. A
+line of output is the list of their milliseconds, as pairs.
 """
 
 import json
@@ -20,20 +22,33 @@ def answered(connection: socket.socket) -> bytes:
             return head
 
 
-def main(port: int, path: str, body: str) -> None:
+def connected(port: str) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", int(port)))
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
+
+
+def request(path: str, body: str) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
-    head = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""])
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for line in sys.stdin:
-            times = []
-            for _ in range(int(line)):
-                began = time.perf_counter()
-                connection.sendall((head + body).encode())
-                assert b" 200 " in answered(connection)[:16]
-                times.append((time.perf_counter() - began) * 1000)
-            print(json.dumps(times), flush=True)
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", body]).encode()
+
+
+def took(connection: socket.socket, callback: bytes) -> float:
+    began = time.perf_counter()
+    connection.sendall(callback)
+    assert b" 200 " in answered(connection)[:16]
+    return (time.perf_counter() - began) * 1000
+
+
+def main(*arguments: str) -> None:
+    services = [
+        (connected(port), request(path, body))
+        for port, path, body in zip(*(arguments[n::3] for n in range(3)), strict=True)
+    ]
+    for line in sys.stdin:
+        times = [[took(*service) for service in services] for _ in range(int(line))]
+        print(json.dumps(times), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(*sys.argv[1:])

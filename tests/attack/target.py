@@ -1,49 +1,57 @@
-"""The service under attack: a real process with an upstream, an attacker's key, a victim's key, and
-callbacks whose times are measured.
+"""The service under attack: a real process with an upstream, an attacker's key and a victim's key.
+Callbacks are measured beside those of a service that is not attacked.
 """
 
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 import httpx
+from starlette.responses import Response
 
 from service.signing import Keyring
 from tests.api import got, submitted
 from tests.environment import ROOT, clean_environment
+from tests.pictures import drawn
 from tests.processes import ADMIN_KEY, Running, service_settings, started
-from tests.upstream import Upstream
+from tests.upstream import Upstream, document
 from tests.waiting import wait_until
 from tests.world import answering
 
 SECRET_KEY = "the secret key of the attack has 32 bytes or more"
 MIB = 1 << 20
-CALLBACKS = 100  # of one measurement, the slowest but one of which is its p99
+READERS, STALLED = 20, 40
+BAD_HOSTS = ("xn--a", "xn--0", "xn--zzzzzzzz")
+PAGES = ("/v1/tasks?limit=1000", "/v1/events?limit=1000")
+POLL = "GET /v1/events?wait=60&after=99999"
+ATTACK_S = 240
+CALLBACKS = 150  # of one measurement
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Pulse:
-    """Callbacks from a process of their own."""
+    """Callbacks from a process of their own, to the service under attack and to a calm one in
+    turns. Other work of the machine lengthens both.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def times(self, count: int = CALLBACKS) -> list[float]:
-        """The milliseconds of so many callbacks, one after another."""
+    async def p99(self, count: int = CALLBACKS) -> tuple[float, float]:
+        """The milliseconds that the slowest hundredth takes: under attack, and in peace."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(b"%d\n" % count)
-        made: list[float] = json.loads(await self._process.stdout.readline())
-        return made
-
-    async def p99(self) -> float:
-        return sorted(await self.times())[CALLBACKS * 99 // 100 - 1]
+        pairs = json.loads(await self._process.stdout.readline())
+        attacked, calm = (quantiles(times, n=100)[98] for times in zip(*pairs, strict=True))
+        return attacked, calm
 
 
 @dataclass(slots=True)
@@ -57,8 +65,6 @@ class Target:
     attacker: httpx.AsyncClient
     victim: httpx.AsyncClient
     stranger: httpx.AsyncClient
-    pulse: Pulse
-    waiting: dict[str, Any] = field(default_factory=dict)  # the task whose callbacks are measured
     image: str = ""  # the path of a large one
     idle: int = 0  # resident memory before any attack
 
@@ -139,6 +145,11 @@ class Target:
         token = Keyring([SECRET_KEY.encode()]).callback_token("evolink", task_id)
         return f"/callbacks/evolink/{task_id}/{token}"
 
+    async def waiting_task(self) -> tuple[str, str]:
+        """A submitted task: its id and the upstream's."""
+        task = await submitted(self.victim)
+        return task["id"], await self.upstream_id(self.victim, task["id"])
+
     async def upstream_id(self, client: httpx.AsyncClient, task_id: str) -> str:
         async def known() -> Any:
             return got(await client.get(f"/v1/tasks/{task_id}"))["upstream_id"]
@@ -153,9 +164,31 @@ async def whole_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return int(head.split()[1]), await reader.readexactly(int(length or 0))
 
 
-def ratio(pairs: Sequence[tuple[float, float]]) -> float:
-    """The median over rounds, each of which compares what was measured at the same time."""
-    return median(after / before for before, after in pairs)
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Around all tests of a file: each is a part of an attack that takes at most `ATTACK_S`."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    assert took < ATTACK_S, f"this part of the attack took {took:.0f} s"
+
+
+async def stored_image(under: Target) -> str:
+    """The path of a stored image of 20 MB."""
+    content = drawn("PNG", size=(2600, 2600), compress_level=0)
+    under.upstream.files["large"] = [Response(content, media_type="image/png")]
+    task = await submitted(under.victim, prompt="large")
+    upstream_id = await under.upstream_id(under.victim, task["id"])
+    link = under.running.announcement["settings"]["evolink_base_url"] + "/files/large"
+    under.upstream.queries[upstream_id] = [document("completed", link, id=upstream_id)]
+    said = {"id": upstream_id, "status": "completed", "results": [link]}
+    got(await under.stranger.post(under.callback_path(task["id"]), json=said))
+
+    async def stored() -> str | None:
+        found = got(await under.victim.get(f"/v1/tasks/{task['id']}"))
+        return found["images"][0]["id"] if found["state"] == "completed" else None
+
+    return f"/images/{await wait_until(stored)}"
 
 
 @asynccontextmanager
@@ -179,25 +212,32 @@ async def target(folder: Path, **settings: str) -> AsyncIterator[Target]:
             asked = {"owner": owner, "scopes": ["submit", "read", "subscribe"]}
             keys.append((await admin.post("/v1/keys", json=asked)).json()["key"])
         attacker, victim, stranger = [await client(key) for key in (*keys, None)]
-        pulse = Pulse(None)  # type: ignore[arg-type] # started below
-        made = Target(running, folder, upstream, admin, attacker, victim, stranger, pulse)
-        made.waiting = await submitted(made.victim)
-        upstream_id = await made.upstream_id(made.victim, made.waiting["id"])
-        body = json.dumps({"id": upstream_id, "status": "processing"})
-        arguments = str(made.address[1]), made.callback_path(made.waiting["id"]), body
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.attack.pulse",
-            *arguments,
-            cwd=ROOT,
-            env=clean_environment({}),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=1 << 20,
-        )
-        stack.callback(process.kill)
-        made.pulse = Pulse(process)
-        await made.pulse.times()
+        made = Target(running, folder, upstream, admin, attacker, victim, stranger)
+        await made.waiting_task()
         made.idle = made.resident()
         yield made
+
+
+@asynccontextmanager
+async def pulse(*targets: Target) -> AsyncIterator[Pulse]:
+    """Callbacks to these two services."""
+    arguments: list[str] = []
+    for each in targets:
+        task_id, upstream_id = await each.waiting_task()
+        body = json.dumps({"id": upstream_id, "status": "processing"})
+        arguments += [str(each.address[1]), each.callback_path(task_id), body]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.attack.pulse", *arguments),
+        cwd=ROOT,
+        env=clean_environment({}),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=1 << 20,
+    )
+    try:
+        made = Pulse(process)
+        await made.p99()
+        yield made
+    finally:
+        process.kill()
+        await process.wait()
