@@ -17,6 +17,10 @@ from prometheus_client import (
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+# These series begin at 0, because Prometheus sees no increase in the first value of a series.
+VERDICTS = ("accepted", "duplicate", "conflict", "unreadable", "unknown", "wrong_token")
+STAGES = ("submit", "settle", "reconcile", "download", "deliver", "redeliver", "replay", "claim")
+
 
 class Table:
     """Every metric: name without `darkroom_`, kind, meaning, labels."""
@@ -88,6 +92,10 @@ class Metrics(Table):
             made = metric(f"darkroom_{name}", text, labels, registry=self.registry, **buckets)
             setattr(self, name, made)
         self.upstream_credits.set(float("nan"))
+        for verdict in VERDICTS:
+            self.callbacks.labels(verdict)
+        for stage in STAGES:
+            self.worker_faults.labels(stage)
 
     def show(self, figures: Mapping[str, Any], now: int, free_bytes: int | None) -> bytes:
         """The exposition with the store's `figures` at `now`, in milliseconds."""

@@ -27,7 +27,7 @@ EVENTS, DEATHS = 2 * PAGE + 50, (1, PAGE, 2 * PAGE)  # deliveries that are made 
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "postgres"])
 def database(request: pytest.FixtureRequest) -> str | None:
     """The URL of a PostgreSQL database. None: the embedded store."""
     return request.getfixturevalue("postgres_url") if request.param == "postgres" else None

@@ -29,11 +29,13 @@ from service.web.routes.table import SPECS
 from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
 from tests.docs.bounds import bounds_table
 from tests.docs.client_journeys import clients_table
+from tests.docs.dashboard import dashboard
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+DASHBOARD = ROOT / "deploy" / "grafana" / "darkroom.json"
 
 
 def routes_table() -> str:
@@ -226,3 +228,4 @@ if __name__ == "__main__":
         path.write_text(rendered(path.read_text("utf-8"), page), "utf-8")
     schema = json.dumps(catalogue_schema(), indent=2) + "\n"
     (DOCS / "catalogue.schema.json").write_text(schema, "utf-8")
+    DASHBOARD.write_text(dashboard(), "utf-8")

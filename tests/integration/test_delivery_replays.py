@@ -14,6 +14,7 @@ from tests.world import JSON, Subscriber, World
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_replays")]
 SETTINGS = {"delivery_schedule": (0.05,)}
+STORES = ("sqlite", "postgres")
 FAILED = "image.task.failed"
 DONE, BROKEN = Response(status_code=204), Response(status_code=503)
 

@@ -20,6 +20,7 @@ from tests.world import Subscriber, World, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_replays")]
 SETTINGS = {"delivery_schedule": (0.05,)}
+STORES = ("sqlite", "postgres")
 
 JSON = dict[str, Any]
 FAILED, COMPLETED = "image.task.failed", "image.task.completed"
