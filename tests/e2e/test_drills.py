@@ -48,14 +48,14 @@ NAMES = [
 ]
 QUICK = {
     r"for: \d+\w": "for: 0s",
-    r"\[\d+[mh]\]": "[8s]",
+    r"\[\d+[mh]\]": "[20s]",
     r"(oldest_unsettled\w+\)) > 3600": r"\1 > 2",
     r"(oldest_due\w+\)|sink_lag\)) > 60": r"\1 > 2",
     "< 5e9": "< 25e6",
     "< 100$": "< 9999",  # the sandbox gives 10,000
 }
 SCRAPING = """
-global: {{scrape_interval: 500ms, evaluation_interval: 500ms}}
+global: {{scrape_interval: 2s, scrape_timeout: 2s, evaluation_interval: 500ms}}
 rule_files: [rules.yaml]
 scrape_configs:
   - job_name: darkroom
@@ -158,7 +158,7 @@ class Scene:
             }
             return (name in names) is fires
 
-        await wait_until(told, 60)
+        await wait_until(told, 90)
 
     async def clear(self, name: str) -> None:
         await self.firing(name, fires=False)
@@ -167,10 +167,10 @@ class Scene:
         """Waits until Prometheus has the figures of several scrapes."""
 
         def told() -> bool:
-            found = self.asked("query", query="count_over_time(darkroom_dead_letters[8s]) > 4")
+            found = self.asked("query", query="count_over_time(darkroom_dead_letters[20s]) > 3")
             return bool(found and found["result"])
 
-        await wait_until(told, 60)
+        await wait_until(told, 90)
 
 
 @contextmanager
