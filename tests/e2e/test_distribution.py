@@ -105,6 +105,11 @@ def test_the_images_steps_make_a_service_that_works(image: Path, tmp_path: Path)
     assert service.returncode == 0
 
 
+def test_the_changelog_tells_about_this_version() -> None:
+    versions = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert VERSION in versions[:2]  # after what is unreleased, if there is anything
+
+
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_a_build_depends_on_neither_place_nor_time(kind: str, tmp_path: Path) -> None:
     made = []
