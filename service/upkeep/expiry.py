@@ -95,8 +95,9 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
     answered = and_(attempts.c.delivery_id.in_(of_task), attempts.c.answer.is_not(None))
     execute(update(attempts).where(answered).values(answer=None))
     about = and_(events.c.task_id == task_id, events.c.type.startswith("image.task."))
+    erased_at = row["erased_at"] or tx.now
     for event in execute(select(events.c.id, events.c.data).where(about)):
-        tx.change(events, event.id, {"data": bare_document(event.data, tx.now)})
+        tx.change(events, event.id, {"data": bare_document(event.data, erased_at)})
     _strip(tx, row)
     return Erased(None, blobs, copies)
 
@@ -123,7 +124,7 @@ def _strip(tx: Transaction, row: Row) -> None:
         "body": b"",
         "callback_url": None,
         "error": bare_error(row["error"]),
-        "erased_at": tx.now if row["erased_at"] is None else row["erased_at"],
+        "erased_at": row["erased_at"] or tx.now,
     }
     tx.change(tasks, row["id"], values)
     tx.touched.add(row["id"])

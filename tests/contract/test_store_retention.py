@@ -17,6 +17,7 @@ from service.events.deliveries import (
     record_attempts,
 )
 from service.events.feed import event_list
+from service.ids import rfc3339
 from service.images.downloads import shown_image
 from service.images.sweep import orphans
 from service.links import Links
@@ -225,7 +226,9 @@ async def test_the_events_of_an_erased_task_keep_their_sequences(subject: Subjec
     before = await subject.events(task_id)
     await erase(subject, task_id)
     after = await subject.events(task_id)
+    erased_at = rfc3339(subject.clock.now)
     bare: dict[str, Any] = {"metadata": {}, "request": {}, "warnings": [], "images": []}
+    bare["erased_at"] = erased_at
     for was, now in zip(before, after, strict=True):
         assert {**was, "data": None} == {**now, "data": None}
         assert now["data"] == {**was["data"], **bare}

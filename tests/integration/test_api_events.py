@@ -54,7 +54,7 @@ async def test_an_event_is_a_cloud_event_with_the_task_as_it_was(here: World) ->
             "sequence": event["sequence"],
             "data": event["data"],
         }
-    alone = ("prompt", "quarantine", "data")  # only in a task
+    alone = ("prompt", "quarantine", "data", "held")  # only in a task
     assert completed["data"] == {name: task[name] for name in task if name not in alone}
     assert (submitted_event["data"]["state"], submitted_event["data"]["results"]) == (
         "submitted",

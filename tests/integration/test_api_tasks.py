@@ -54,6 +54,7 @@ async def test_a_queued_task_has_every_key_and_null_for_what_is_unknown(still: W
         "request": {"size": "768x768", "n": 2},
         "images": [],
         "prompt": "a lighthouse",
+        "held": None,
         "warnings": [],
         "inputs": [],
         "data": None,

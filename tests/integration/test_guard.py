@@ -38,6 +38,7 @@ async def sent_to(here: World, url: str, *, endpoint_id: str | None) -> Delivery
         "type": "endpoint.test",
         "task_id": None,
         "time": 0,
+        "traceparent": None,
         "data": {"endpoint_id": "ep_x"},
     }
     delivery = DeliveryToSend(

@@ -234,6 +234,7 @@ async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
             "oldest_unsettled": 20_000,
             "oldest_due_delivery": 29_500,
             "sinks_behind": {},
+            "processes": {},
         }
         text = here.context.resources.metrics.show(waiting, 30_000, None).decode()
     samples = {
