@@ -1,4 +1,4 @@
-"""Runs the programs of docs/consuming.md unchanged, as a reader who copied them would."""
+"""Runs the programs of the documentation unchanged, as a reader who copied them would."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from tests.waiting import wait_until
 
 DOCUMENT = ROOT / "docs" / "consuming.md"
 BLOCK = re.compile(
-    r"^```(?:python|js)\n((?:#|//) (\w+\.(?:py|mjs))\b.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^```(?:python|js|ts)\n((?:#|//) (\w+\.(?:py|mjs|mts))\b.*?)^```$", re.MULTILINE | re.DOTALL
 )
 LIBRARIES = {
     "standardwebhooks": {},
@@ -53,9 +53,9 @@ def node() -> str:
     )
 
 
-def written(folder: Path, library: str = "standardwebhooks") -> None:
-    """Writes every program of the document to a file, with the library that verifies."""
-    for text, name in BLOCK.findall(DOCUMENT.read_text("utf-8")):
+def written(folder: Path, library: str = "standardwebhooks", document: Path = DOCUMENT) -> None:
+    """Writes every program of a document to a file, with the library that verifies."""
+    for text, name in BLOCK.findall(document.read_text("utf-8")):
         for before, after in LIBRARIES[library].items():
             text = text.replace(before, after)  # noqa: PLW2901 - the same text
         (folder / name).write_text(text, "utf-8")

@@ -156,6 +156,21 @@ CLIENTS = (
         )
         for package in ("standardwebhooks", "svix")
     ),
+    *(
+        Client(
+            f"types that {package} makes from the OpenAPI document",
+            "a typed program submits, waits, receives and verifies",
+            {
+                "consumers/test_typed_clients.py": (
+                    "test_a_typed_program_submits_waits_receives_and_verifies",
+                    "test_a_checker_refuses_a_misspelled_field",
+                )
+            },
+            lock,
+            package,
+        )
+        for lock, package in ((PYPI, "datamodel-code-generator"), (NPM, "openapi-typescript"))
+    ),
     Client(
         "nats-py",
         "events from a stream of NATS, across kills of the consumer",

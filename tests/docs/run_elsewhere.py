@@ -16,6 +16,7 @@ RUN_BY_STORIES = (
     "docs/operations.md",
     "docs/sandbox.md",
 )
+RUN_BY_TYPED_CLIENTS = ("docs/clients.md",)  # in tests/consumers/test_typed_clients.py
 # The set-ups need root, Docker and a package index. tests/crash/test_restarts.py runs the units and
 # the HAProxy configuration without them. CONTRIBUTING.md needs a package index too.
 NOT_RUN = ("deploy/README.md", "CONTRIBUTING.md")
