@@ -79,10 +79,10 @@ async def test_a_host_that_decodes_is_taken(strict: World, host: str) -> None:
 
 
 def emit_bare(tx: Transaction, owners: Sequence[str]) -> list[str]:
-    """Events that nothing can render, because their data names no subject."""
+    """Events that nothing can render, because their data lists images that are none."""
     ids = [tx.id("event") for _ in owners]
     for id, owner in zip(ids, owners, strict=True):
-        tx.emitted.append(Emitted(id, owner, "image.task.failed", None, {}))
+        tx.emitted.append(Emitted(id, owner, "image.task.failed", None, {"images": [None]}))
     return ids
 
 
@@ -102,7 +102,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "half an address": ("https://[::1/", "", "the host or port of the URL is not valid"),
     "secret": ("https://203.0.114.1/", "whsec_!", "ValueError: a webhook secret is whsec_ and"),
     "secret list": ("https://203.0.114.1/", "{", "JSONDecodeError"),
-    "event": ("https://203.0.114.1/", "", "not sent, StopIteration"),
+    "event": ("https://203.0.114.1/", "", "not sent, TypeError"),
 }
 
 

@@ -117,7 +117,8 @@ async def test_unknown_keys_push_no_valid_key_out_of_the_cache(
     read = store_of(still).read
 
     async def counted(query: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(args[0] if query is owner_keys.key_row else "")
+        if query is owner_keys.key_row:  # and no look that the process makes meanwhile
+            asked.append(args[0])
         return await read(query, *args, **kwargs)
 
     async with still.owner() as client:
@@ -129,7 +130,7 @@ async def test_unknown_keys_push_no_valid_key_out_of_the_cache(
         assert len(set(asked)) == 20
         asked.clear()
         got(await client.get("/v1/tasks"))
-        assert asked == [""]  # the list alone
+        assert asked == []
         assert len(access._cache) <= 5
 
 
