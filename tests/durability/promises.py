@@ -13,7 +13,7 @@ import json
 import re
 import sqlite3
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -143,12 +143,19 @@ def rows_of(files: dict[str, bytes]) -> dict[str, set[str]]:
 
 
 def callbacks_of(log: str) -> dict[str, str]:
-    """The callbacks in a service's log, by request."""
-    lines: list[dict[str, Any]] = [
-        json.loads(line) for line in log.splitlines() if line.startswith("{")
-    ]
-    return {
-        line["request_id"]: f"{line['task_id']} {line['status']}"
-        for line in lines
-        if line["event"] == "callback.received"
-    }
+    """The callbacks in a service's log at the level debug, by request.
+
+    The line of a callback has the request of its task. The line of its own request is the next one
+    of a callback that got 200.
+    """
+    found, received = dict[str, str](), deque[str]()
+    for line in (json.loads(line) for line in log.splitlines() if line.startswith("{")):
+        if line["event"] == "callback.received":
+            received.append(f"{line['task_id']} {line['status']}")
+        elif received and line["event"] == "http.request" and is_answered_callback(line):
+            found[line["request_id"]] = received.popleft()
+    return found
+
+
+def is_answered_callback(line: dict[str, Any]) -> bool:
+    return line["status"] == 200 and str(line["route"]).startswith("/callbacks/")

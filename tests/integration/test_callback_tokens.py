@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from service.app import Role
 from service.db.sqlite import SqliteStore
+from service.queue import worker
 from service.web import overload
 from service.web.routes import callback_route
 from tests.callbacks import LIMIT, call, chunk, counted, heard, quick_world, raw, said
@@ -37,10 +38,13 @@ async def here(
         yield made
 
 
-async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Path) -> None:
+async def test_a_wrong_token_is_refused_without_touching_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answer is 401 for any task. The refusal is counted and logged without the token, and the
     store gets no statement.
     """
+    monkeypatch.setattr(worker, "LOOK_S", 60.0)  # no look of the upkeep meanwhile
     statements: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
