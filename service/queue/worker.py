@@ -154,6 +154,8 @@ class WorkerPool:
         """
         clock, quiet_s = asyncio.get_running_loop().time, QUIET * LOOK_S
         self._look_at = clock() + quiet_s  # a commit from now on makes it earlier
+        if not self._stages:  # a process without workers
+            return frozenset()
         now = self._store.clock()
         found = await self._store.read(outlook, now)
         if ready := found.ready & self._stages.keys():

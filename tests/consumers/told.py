@@ -128,7 +128,7 @@ async def subscribed(here: World, url: str, *types: str) -> str:
 
 async def live(here: World, upstream: Upstream, own: str) -> None:
     """Runs a task for each way to end, a contradiction, a proof that arrives too late, an image
-    that cannot be fetched, a refusal of the account, and an exhausted budget.
+    that cannot be fetched, a refusal of the account, an exhausted budget, and a pause.
     """
     for prompt, file in (("fine", "0.png"), ("doubtful", "0.png"), ("risky", "missing.png")):
         upstream.queries[f"task-unified-{prompt}"] = [
@@ -163,6 +163,9 @@ async def live(here: World, upstream: Upstream, own: str) -> None:
         got(await here.client.put("/v1/budgets/thrifty", json=budget))
         order = {"model": "wan2.5-text-to-image", "prompt": "too dear"}
         got(await thrifty.post("/v1/images/generations", json=order), 402)
+    for paused in (True, False):
+        change = {"paused": paused, "reason": "an invoice is open"}
+        got(await here.client.post("/v1/submission", json=change))
 
 
 async def in_state(here: World, task_id: str, state: str) -> bool:

@@ -162,6 +162,7 @@ async def parameters(
         "target": (("ann", "nobody"),),
         "wait": (("0", "0.0"),),
         "limit": (("1000", "999"),),
+        "most": (("1000", "999"),),
         "owner": (("ann", "nobody"),),
         "since": (("2001-02-03T04:05:06Z", "2002-02-03T04:05:06Z"),),
         "until": (("2091-02-03T04:05:06Z", "2092-02-03T04:05:06Z"),),
@@ -174,8 +175,8 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
     the test's requests cause activity.
     """
     folder, asked = tmp_path_factory.mktemp("two"), list[str]()
-    sandbox = create_sandbox(SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05))
-    upstream = Watched(sandbox, asked)
+    options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05, fetch_inputs=False)
+    upstream = Watched(create_sandbox(options), asked)
     body = {"scopes": ["submit", "read", "subscribe"]}
     async with world(folder, upstream=upstream) as here, subscriber() as takes:
         owners = [{"owner": name, **body} for name in ("ann", "bob", "carl")]
