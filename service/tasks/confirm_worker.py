@@ -120,8 +120,8 @@ class ConfirmWorker:
                 log.info("task.confirmed", **figures)
 
     async def _task(self, lease: Lease) -> tuple[TaskRow | None, bytes | None]:
-        """The task, and the body of its first terminal callback, which only a worker without a
-        confirming query needs.
+        """The task, and the body of its first terminal callback: empty if it is not needed before
+        the query.
         """
         row: TaskRow | None = lease.row
         body: bytes | None = b""
@@ -149,9 +149,12 @@ class ConfirmWorker:
             with tracing.span("confirm", attributes={"darkroom.task.id": row.id}):
                 answer = await upstream.query(row.upstream_id)
             record(throttled(answer))
-        if called is not None and isinstance(answer, Found):
-            return replace(answer, report=answer.report.with_credits_of(called))
-        return answer
+        if called is None or not isinstance(answer, Found):
+            return answer
+        if not callback and answer.report.final and not answer.report.names_cost:
+            _, body = await self.resources.store.read(task_queries.settling, row.id)
+            called = upstream.read_callback(body or b"")
+        return replace(answer, report=answer.report.with_credits_of(called))
 
 
 def _word(answer: QueryOutcome) -> str:

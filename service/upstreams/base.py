@@ -56,6 +56,10 @@ class Report:
     def final(self) -> bool:
         return self.status in FINAL
 
+    @property
+    def names_cost(self) -> bool:
+        return self.credits_used is not None or self.credits_refunded is not None
+
     def without_credits(self) -> "Report":
         return replace(self, credits_reserved=None, credits_used=None, credits_refunded=None)
 
@@ -63,8 +67,7 @@ class Report:
         """The report with the cost of the other one, if it names none itself and both say the same
         of the task.
         """
-        named = self.credits_used is not None or self.credits_refunded is not None
-        if named or (self.status, self.results) != (other.status, other.results):
+        if self.names_cost or (self.status, self.results) != (other.status, other.results):
             return self
         return replace(
             self, credits_used=other.credits_used, credits_refunded=other.credits_refunded
