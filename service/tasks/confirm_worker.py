@@ -149,11 +149,13 @@ class ConfirmWorker:
             with tracing.span("confirm", attributes={"darkroom.task.id": row.id}):
                 answer = await upstream.query(row.upstream_id)
             record(throttled(answer))
-        if called is None or not isinstance(answer, Found):
+        if not isinstance(answer, Found) or callback is None:
             return answer
         if not callback and answer.report.final and not answer.report.names_cost:
-            _, body = await self.resources.store.read(task_queries.settling, row.id)
-            called = upstream.read_callback(body or b"")
+            _, callback = await self.resources.store.read(task_queries.settling, row.id)
+            called = upstream.read_callback(callback) if callback else None
+        if called is None:
+            return answer
         return replace(answer, report=answer.report.with_credits_of(called))
 
 
