@@ -64,6 +64,12 @@ async def a_while(_call: str) -> None:
     await wait_until(lambda: next(looks))
 
 
+async def longer(call: str) -> None:
+    """So long that a call outlasts the claims and writes between calls."""
+    for _ in range(5):
+        await a_while(call)
+
+
 @dataclass(slots=True)
 class Slow:
     """An upstream that counts its calls in progress: `running` now, `most` at the peak. The end of
@@ -287,7 +293,7 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
         upstream.most, before = 0, upstream.calls.total()
         await wait_until(lambda: upstream.calls.total() > before + 10)
         assert upstream.most == 1
-        upstream.busy = False
+        upstream.busy, upstream.ready = False, longer
         await wait_until(lambda: upstream.most == 8)
         await all_settled(here)
         assert limiter.limit("confirm") == 8

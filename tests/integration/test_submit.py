@@ -407,7 +407,7 @@ async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:
     """
     upstream = Upstream()
     upstream.submits["busy"] = [error(429, "rate_limit_exceeded")]
-    async with world(tmp_path, upstream=upstream.app, submit_give_up_s=1) as here:
+    async with world(tmp_path, upstream=upstream.app, submit_give_up_s=4) as here:
         task = await here.submit(prompt="busy", headers={"prefer": "wait=20"})
         assert (task["state"], task["error"]["code"]) == ("failed", "not_submitted")
         assert "rate_limit_exceeded" in task["error"]["message"]
