@@ -38,7 +38,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 class Pulse:
     """Callbacks from a process of their own, to the service under attack and to a calm one in
-    turns. Other work of the machine lengthens both.
+    turns. Other work of the machine lengthens both, apart from the wait for a processor.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -225,7 +225,7 @@ async def pulse(*targets: Target) -> AsyncIterator[Pulse]:
     for each in targets:
         task_id, upstream_id = await each.waiting_task()
         body = json.dumps({"id": upstream_id, "status": "processing"})
-        arguments += [str(each.address[1]), each.callback_path(task_id), body]
+        arguments += [str(each.pid), str(each.address[1]), each.callback_path(task_id), body]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.attack.pulse", *arguments),
         cwd=ROOT,
