@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.processes import ADMIN_KEY, UPSTREAM_KEY, sandbox, service_settings, started
 from tests.waiting import wait_until
@@ -25,6 +26,7 @@ def body(number: int) -> Json:
     }
 
 
+@pytest.mark.timeout(300)
 async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(
     tmp_path: Path,
 ) -> None:

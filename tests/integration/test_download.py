@@ -210,4 +210,4 @@ async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> N
     downloader = DownloadWorker(here.context.resources, ImageValidator(1, 1, 1), (1.0,), 1, 0)
     with capture_logs() as lines:
         await downloader.run(Lease("download", "img_nobody", 1, 1))
-    assert lines == []
+    assert [line for line in lines if line.get("kind") != "credits"] == []
