@@ -14,7 +14,8 @@ ENV_FILE = Path(".env")
 
 # A cluster sets these variables for a Service called "darkroom" or "darkroom-…".
 SERVICE_LINK_NAME = re.compile(
-    r"DARKROOM_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+    r"DARKROOM_(\w+_)?"
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 

@@ -18,6 +18,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 SIMPLE_URL = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?/?")
 SIMPLE_KEY = re.compile(r"[!-~]+")
 LOCAL = "--local"
+EVERYWHERE = ("0.0.0.0", "::", "localhost")  # noqa: S104 - compared, not listened on
 Url = Annotated[
     str | None, option("The service, in place of DARKROOM_URL.", "--url", metavar="URL")
 ]
@@ -46,8 +47,8 @@ def choose(url: str | None, local: bool) -> None:
 
 
 def selectable(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options `--url` and `--local`. One that has a `--url` of its own takes
-    only the program's, before its name.
+    """The command with the options `--url` and `--local`. If the command has a `--url` of its own,
+    the program takes the other one before the command's name.
     """
     own = inspect.signature(command).parameters
     taken = "url" in own and any(
@@ -97,9 +98,8 @@ def place() -> Place:
     if choice.url:
         url, named_by = choice.url, "--url"
     elif choice.local:
-        host, port = values.get("HOST", "127.0.0.1"), values.get("PORT", "8080")
-        host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host  # noqa: S104
-        url, named_by = f"http://{f'[{host}]' if ':' in host else host}:{port}", LOCAL
+        url = reached_at(values.get("HOST", "127.0.0.1"), values.get("PORT", "8080"))
+        named_by = LOCAL
     elif "URL" in values:
         named_by = f"{PREFIX}URL {sources['URL']}".strip()
     keys = [values.get("API_KEY"), values.get("ADMIN_KEY")]
@@ -108,6 +108,15 @@ def place() -> Place:
 
         url = load_settings(url=url).url
     return Place(url.rstrip("/"), named_by, *keys)
+
+
+def http_address(host: str, port: int | str) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def reached_at(host: str, port: int | str) -> str:
+    """Where this machine reaches a service that listens on the host."""
+    return http_address("127.0.0.1" if host in EVERYWHERE else host, port)
 
 
 def say_place(where: object) -> None:

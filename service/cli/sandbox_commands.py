@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from service.cli.api_client import pairs
 from service.cli.direct_keys import acting
 from service.cli.output import Json, Text, Texts, option, put_result, terminal
+from service.cli.place import http_address, reached_at
 from service.cli.sandbox_settings import KEY, LOOPBACK, LOOPBACKS, needed_settings, sandbox_words
 from service.credits import millionths
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from service.upstreams.sandbox import SandboxOptions
     from service.web.context import Context
 
-EVERYWHERE = ("0.0.0.0", "::", "localhost")  # noqa: S104 - compared, not listened on
 BODY = '{"model": "wan2.5-text-to-image", "prompt": "a lighthouse in the fog"}'
 
 
@@ -117,7 +117,7 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
     bound = bind(host, port)
     logging.configure("json" if as_json else "console", "warning", sys.stderr)
     address = http_address(host, bound.getsockname()[1])
-    reached = http_address(LOOPBACK if host in EVERYWHERE else host, bound.getsockname()[1])
+    reached = reached_at(host, bound.getsockname()[1])
 
     async def until_stopped() -> None:
         with stopping() as stop:
@@ -177,13 +177,9 @@ def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":
         raise typer.BadParameter(str(error), param_hint="--allow-networks") from None
 
 
-def http_address(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def own_address(settings: "Settings") -> str:
     """The service's address as this machine reaches it."""
-    return http_address(LOOPBACK if settings.host in EVERYWHERE else settings.host, settings.port)
+    return reached_at(settings.host, settings.port)
 
 
 def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -> "Settings":

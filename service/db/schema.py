@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
-from service.db import file_tables, key_tables, operator_tables  # noqa: F401 - add their tables to the metadata
+from service.db import file_tables, key_tables, operator_tables  # noqa: F401 - they add their tables to the metadata
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:

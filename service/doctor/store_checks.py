@@ -5,13 +5,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, select
 
 from service.blobs.blob_store import Blobs
 from service.db.clock import wall_clock
-from service.db.schema import config
+from service.db.schema import revision, revisions
 from service.db.tables import deliveries, endpoints
 from service.doctor.mounts import NETWORK, file_system
 from service.doctor.patient import Finding, Patient, fault, ok, skipped, told, warning
@@ -37,7 +35,7 @@ async def check_store(patient: Patient) -> dict[str, Finding]:
         said = f"the store does not commit: {cause or told(error)}"
         mend = "look at the database's disk, its permissions and its server's log"
         return {"store": fault(said.replace("\n", " ")[:300], mend)}
-    head = ScriptDirectory.from_config(config()).get_current_head()
+    head = revisions()[-1]
     if current != head:
         said = f"the store's schema is {current}, and this program needs {head}"
         return {"store": fault(said, "run `darkroom migrate`, or start the version that fits")}
@@ -59,10 +57,6 @@ def unopened(problem: str, path: Path | None) -> Finding:
     if "schema" in problem:
         mend = "run `darkroom migrate`, or start the version that fits"
     return fault(problem, mend)
-
-
-def revision(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
 
 
 async def check_disk(patient: Patient) -> dict[str, Finding]:

@@ -11,7 +11,7 @@ from service.db.tables import attempts, deliveries, endpoints, events, owners, t
 from service.db.transaction import Lease, Transaction
 from service.events import failures, outbox
 from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
-from service.events.outbox import DeliveryToSend
+from service.events.outbox import ORIGIN, DeliveryToSend
 from service.ids import rfc3339
 from service.ops.tracing import Origin
 from service.queue import leases
@@ -19,7 +19,6 @@ from service.queue import leases
 ATTEMPTS = 200  # of a delivery, in an answer
 
 
-ORIGIN = tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent
 COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
 _to_callback = deliveries.c.endpoint_id.is_(None)
 _DELIVERY_TO_SEND = (

@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 OPERATORS = "admin"
 COLUMNS = ("sequence", "id", "owner", "type", "task_id", "called_back_at", "data")
+ORIGIN = tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent  # of an `Origin`
 SUBSCRIBER = ("id", "owner", "types", "url", "secret", "status", "paused_until")
 
 
@@ -126,8 +127,8 @@ def _find_origins(tx: Transaction) -> None:
     """Reads the origins of tasks that operators' events name."""
     missing = {event.task_id for event in tx.emitted if event.task_id} - tx.origins.keys()
     if missing:
-        columns = tasks.c.id, tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent
-        for id, *values in tx.connection.execute(select(*columns).where(tasks.c.id.in_(missing))):
+        found = select(tasks.c.id, *ORIGIN).where(tasks.c.id.in_(missing))
+        for id, *values in tx.connection.execute(found):
             tx.origins[id] = Origin(*values)
 
 

@@ -100,9 +100,8 @@ def image_row(connection: Connection, image_id: str) -> ImageRow | None:
 def image_and_origin(connection: Connection, image_id: str) -> tuple[ImageRow | None, Origin]:
     """An image, and the origin of its task."""
     row = image_row(connection, image_id)
-    columns = (task_table.c[name] for name in ("upstream_id", "request_id", "traceparent"))
     mine = task_table.c.id == (row.task_id if row else None)
-    origin = connection.execute(select(*columns).where(mine)).first()
+    origin = connection.execute(select(*outbox.ORIGIN).where(mine)).first()
     return row, Origin(*origin) if origin else NO_ORIGIN
 
 

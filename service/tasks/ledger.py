@@ -8,6 +8,7 @@ and the sums of the entries equal the upstream's last word (docs/money.md).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 from sqlalchemy import Connection, func, insert, select, update
@@ -37,13 +38,27 @@ class LedgerEntry:
     source: str
 
 
-def cost(row: TaskRow) -> tuple[object, ...]:
-    """All that `missing` depends on, beside the entries. While it stays, no entry is missing."""
+class Cost(NamedTuple):
+    """All of a task that `missing` depends on, beside the entries. While it stays, no entry is
+    missing.
+
+    `closed`: the upstream is not queried any more. `held`: the reservation, or else the estimate.
+    """
+
+    closed: bool
+    over: bool
+    held: int | None
+    used: int | None
+    refunded: int | None
+    completed: bool
+
+
+def cost(row: TaskRow) -> Cost:
     closed = row.terminal and row.settle_due_at is None
     held = row.credits_estimated if row.credits_reserved is None else row.credits_reserved
     completed = closed and row.upstream_status is Status.COMPLETED
     over = row.terminal and row.state is not State.CANCELLED
-    return closed, over, held, row.credits_used, row.credits_refunded, completed
+    return Cost(closed, over, held, row.credits_used, row.credits_refunded, completed)
 
 
 def entered(tx: Transaction, row: TaskRow, source: str | None = None, *, new: bool = False) -> None:
@@ -100,28 +115,26 @@ def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEn
     other end, a query is no reason to reserve again: a false callback may have asked for it. A
     completed task whose cost the upstream never names costs what was reserved.
     """
-    closed = row.terminal and row.settle_due_at is None
-    held = row.credits_estimated if row.credits_reserved is None else row.credits_reserved
+    closed, over, held, used, refunded, completed = cost(row)
     basis = "catalogue" if row.credits_reserved is None else "submit"
-    used, source_of_used = row.credits_used, source
-    if used is None and closed and row.upstream_status is Status.COMPLETED:
+    source_of_used = source
+    if used is None and completed:
         used, source_of_used = held, basis
     entries = []
     if ESTIMATE not in sums and row.credits_estimated is not None:
         entries.append(LedgerEntry(ESTIMATE, row.credits_estimated, "catalogue"))
-    over = row.terminal and row.state is not State.CANCELLED
     released = closed or over or used is not None
     change = (0 if released else held or 0) - sums.get(RESERVE, 0)
     if change:
         entries.append(LedgerEntry(RESERVE, change, source if released else basis))
-    if used is None and (used := row.credits_refunded) is None:
+    if used is None and (used := refunded) is None:
         return entries
     charged = sums.get(CHARGE, 0) + sums.get(ADJUST, 0)
     if used > charged:
         kind = ADJUST if CHARGE in sums else CHARGE
         entries.append(LedgerEntry(kind, used - charged, source_of_used))
         charged = used
-    change = max(0, used - (row.credits_refunded or 0)) - charged - sums.get(REFUND, 0)
+    change = max(0, used - (refunded or 0)) - charged - sums.get(REFUND, 0)
     if change:
         entries.append(LedgerEntry(REFUND if change < 0 else ADJUST, change, source))
     return entries

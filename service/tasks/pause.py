@@ -32,8 +32,8 @@ SUBMISSION = "submission"  # the row's name
 LOOK_S = 15.0  # without a hint, how late a process sees the pause of another
 HOLD_MS = 3_600_000
 AT_ONCE = 500  # tasks that become due in one transaction
-_row = select(pauses.c.paused_at, pauses.c.reason, pauses.c.key_id)
-_row = _row.where(pauses.c.name == SUBMISSION)
+_COLUMNS = pauses.c.paused_at, pauses.c.reason, pauses.c.key_id  # of a `Pause`
+_row = select(*_COLUMNS).where(pauses.c.name == SUBMISSION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ def with_pause(statement: Select[Any]) -> Select[Any]:
     """A select of tasks with the pause as its last columns, which does not change until the
     transaction ends.
     """
-    statement = statement.add_columns(pauses.c.paused_at, pauses.c.reason, pauses.c.key_id)
-    statement = statement.join(pauses, pauses.c.name == SUBMISSION)
+    statement = statement.add_columns(*_COLUMNS).join(pauses, pauses.c.name == SUBMISSION)
     return statement.with_for_update(read=True, of=pauses)
 
 
@@ -169,8 +168,7 @@ class PauseWatch:
 
     async def look(self) -> None:
         pause = await self._store.read(submission_pause)
-        ended = pause.paused_at is None and (self.pause.paused_at is not None or not self._looked)
-        more = ended
+        more = pause.paused_at is None and (self.pause.paused_at is not None or not self._looked)
         while more:
             more = await self._store.write(release_paused, AT_ONCE) == AT_ONCE
         self.pause, self._looked = pause, True
