@@ -19,10 +19,13 @@ import httpx
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from service.db.queues import QUEUES
+from service.ops.metrics import STAGES, Metrics
 from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
 from tests.consumers.programs import free_port
 from tests.disks import small_disk
+from tests.docs.dashboard import dashboard
 from tests.environment import ROOT
 from tests.processes import (
     ADMIN_KEY,
@@ -92,6 +95,17 @@ def test_each_alert_has_its_page_in_the_runbook() -> None:
         ]
     rules = RULES.read_text()
     assert re.findall(r"runbook: (.*)", rules) == [f"docs/runbook.md#{n.lower()}" for n in NAMES]
+
+
+def test_the_dashboard_and_the_rules_name_metrics_that_exist() -> None:
+    """`python -m tests.docs.render` writes the dashboard from its table."""
+    assert DASHBOARD.read_text() == dashboard()
+    known = {sample.name for each in Metrics().registry.collect() for sample in each.samples}
+    known |= {each.name for each in Metrics().registry.collect()}
+    named = re.findall(r"\bdarkroom_\w+", DASHBOARD.read_text() + RULES.read_text())
+    assert named
+    assert {re.sub("_bucket$", "", name) for name in named} <= known | {f"{n}_total" for n in known}
+    assert set(STAGES) - {"claim"} == QUEUES.keys()  # whose faults count from 0
 
 
 @dataclass(slots=True)
