@@ -63,11 +63,13 @@ def test_an_address_without_a_key_leaves_keys_to_the_store_here(
     """A sandbox's exported address does not get the keys of the service in this folder. `--local`
     says so even if its key is exported too.
     """
-    exported = {"URL": dev.address} | ({"API_KEY": key} if more else {})
+    there = {"URL": dev.address, "API_KEY": key}
+    before = run(tmp_path, "keys", "list", **there).stdout
+    exported = there if more else {"URL": dev.address}
     done = run(tmp_path, *KEYS, *more, **exported)
     assert said(done) == f"at {tmp_path}/data/darkroom.db, which no process serves"
     assert json.loads(run(tmp_path, *KEYS, "--json", *more, **exported).stdout)["owner"] == "me"
-    assert " me " not in run(tmp_path, "keys", "list", URL=dev.address, API_KEY=key).stdout
+    assert run(tmp_path, "keys", "list", **there).stdout == before
 
 
 def test_keys_go_to_the_service_that_is_named(dev: Running, key: str, tmp_path: Path) -> None:
