@@ -96,8 +96,8 @@ def prepare(root: Path, spare: float) -> None:
 def keep(source: Path, target: Path, root: Path) -> None:
     sync_data(source)
     rename(source, target)
-    # Every folder up to the root, also one that exists: a second `put` may have made it without
-    # having synced it yet.
+    # Every folder up to the root is synced, also an old one: another `put` may have made it and not
+    # synced it yet.
     for folder in (target.parent, *target.parent.parents):
         sync(folder)
         if folder == root:

@@ -114,7 +114,7 @@ BULK = {
         fields=by_filter,
     ),
     "deliveries": Verb(
-        "Send many deliveries again, by default those that failed.",
+        "Send many deliveries again, by default the failed ones.",
         "POST /v1/replays",
         {
             "endpoint": text("To this endpoint.", "ID"),

@@ -221,7 +221,7 @@ def _record_late(tx: Transaction, row: TaskRow, report: Report, item: Settlement
     late = unproved and row.state is not State.CANCELLED and row.erased_at is None
     results = report.results or named_so_far(tx, row.id)
     if completed and row.settled_digest is None and not late:
-        change(tx, row, upstream_status=report.status)  # its cost counts, whatever is kept of it
+        change(tx, row, upstream_status=report.status)  # its cost counts, also if no image is kept
     if report.final and late:
         if _unknown_upstream(report) and row.state is State.EXPIRED:
             return None  # this says no more than the end did: proof may still come

@@ -96,7 +96,7 @@ def _tidied(match: re.Match[str]) -> str:
 
 
 def inline_url(match: re.Match[bytes]) -> str:
-    """What `INLINE` found as a `data:` URL, without its escapes. One that has others is empty."""
+    """A match of `INLINE` as a `data:` URL, without its escapes. Empty: JSON has no such escape."""
     try:
         text = _DECODER.decode(f'"{match[0].rstrip(BACKSLASH).decode("utf-8", "replace")}"')
     except ValueError:

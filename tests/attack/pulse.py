@@ -2,10 +2,9 @@
 the work of an attacker in the test's process does not lengthen their times.
 
 The arguments are process, port, path and body of each service. A line of input is a number of
-callbacks. A line of output is the list of their milliseconds, as pairs. The time during which the
-service's main thread or the one that commits was ready to run, but other work had all processors,
-does not count: it grows with the load of the machine, and more for a busy thread than for an idle
-one.
+callbacks. A line of output is the list of their milliseconds, as pairs. The time in which the
+service's main thread, or the thread that commits, waited for a processor does not count: it grows
+with the load of the machine, and more for a busy thread than for an idle one.
 """
 
 import json

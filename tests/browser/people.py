@@ -69,7 +69,7 @@ async def person(
 async def stranger(
     browser: Browser, url: str, look: Look = WIDE, **more: Any
 ) -> AsyncIterator[Page]:
-    """A page of somebody who comes to the console at this address for the first time."""
+    """A page of a person who opens the console at this address for the first time."""
     context = await browser.new_context(
         viewport={"width": look.width, "height": HEIGHT},
         color_scheme="dark" if look.scheme == "dark" else "light",

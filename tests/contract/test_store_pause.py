@@ -60,8 +60,8 @@ async def why_held(subject: Subject, task_id: str) -> list[str]:
 async def test_no_submission_starts_once_the_pause_is_committed(
     subject: Subject, early: bool
 ) -> None:
-    """The transaction that would make the task `submitting` decides, whatever the worker knew. The
-    task stays queued, counts no attempt, answers its waiting request, and says why, once.
+    """The transaction that would make the task `submitting` decides, and not what the worker knew.
+    The task stays queued, counts no attempt, answers its waiting request, and says why, once.
     """
     lease = await subject.claimed("submit", await subject.queued())
     assert await pause(subject)
