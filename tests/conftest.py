@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import gc
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -131,6 +132,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     at the end.
     """
     items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """The collected tests and modules live to the end of the run. Without this the collector walks
+    them again and again while a test makes large documents, for up to half of a test's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
