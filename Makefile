@@ -22,6 +22,9 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 COVERED := 'service/signing.py,service/tasks/*,service/images/*,service/events/*,service/upkeep/*'
 STARTED := service/images/validator_child.py
 
+# The tests start hundreds of processes. Without bytecode each would compile the service anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo dev quick test check coverage bench chaos screenshots pictures lock sbom clean
 

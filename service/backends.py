@@ -20,7 +20,7 @@ from service.events.broker_worker import Broker
 from service.events.outbox import flush
 from service.folders import keep_private, make_folder, make_private
 from service.links import MAX_LINK, Links
-from service.net import Egress, Rules, usual_trust
+from service.net import Egress, Rules
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id
@@ -187,10 +187,8 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         enter = stack.enter_async_context
         store, keyring = await enter(open_store_and_keys(settings))
 
-        tls = usual_trust()  # once, because reading the certificates takes 30 ms
-
         async def egress(rules: Rules, connections: int = 64) -> Egress:
-            return await enter(Egress(rules, connections=connections, on_refused=refused, tls=tls))
+            return await enter(Egress(rules, connections=connections, on_refused=refused))
 
         hooks = DELIVERIES + REDELIVERIES + MANUAL
         rules = Rules("upstream", settings.upstream_networks, networks_setting=NETWORKS_SETTING)

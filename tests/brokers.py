@@ -24,18 +24,12 @@ import nats
 import redis.asyncio
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from tests.servers import missing
+from tests.servers import free_port, missing
 from tests.waiting import wait_until
 
 USER, PASSWORD = "darkroom", "p@ss:word/1"
 KINDS = ("nats", "redis", "amqp", "kafka")
-START_S = 60
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
+START_S = 120
 
 
 @dataclass(slots=True)
@@ -69,6 +63,12 @@ class BrokerServer:
         self.process.wait()
 
     def up(self) -> bool:
+        """Raises AssertionError with the end of the output when the server has ended."""
+        if self.process and self.process.poll() is not None:
+            output = (self.folder / "output").read_text(errors="replace")
+            raise AssertionError(
+                f"{self.kind} ended with {self.process.returncode}: {output[-2000:]}"
+            )
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
@@ -112,6 +112,7 @@ def server_of(kind: str, folder: Path) -> BrokerServer:
         "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
         "RABBITMQ_NODE_PORT": str(port),
         "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
         "ERL_EPMD_PORT": str(free_port()),
         "ERL_EPMD_ADDRESS": "127.0.0.1",
     }

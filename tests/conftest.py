@@ -2,15 +2,19 @@
 
 import gc
 import os
+import ssl
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 from PIL import Image
 
+from service.net import usual_trust
 from tests.s3 import s3_running, with_bucket
 from tests.servers import (
     missing,
@@ -79,6 +83,20 @@ def _pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     draw.
     """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates() -> Iterator[None]:
+    """Reads the usual certificates once and not for each client of a test, which takes 45 ms."""
+
+    def once(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ssl.SSLContext:
+        if verify is True and cert is None:
+            return usual_trust()
+        return httpx.create_ssl_context(verify, cert, trust_env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("httpx._transports.default.create_ssl_context", once)
+        yield
 
 
 @pytest.fixture(scope="session")

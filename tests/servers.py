@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import pwd
+import random
 import shutil
+import socket
 import subprocess
 import tempfile
 import uuid
@@ -19,6 +21,17 @@ import asyncpg
 import pytest
 
 MISSING = "no server: "  # prefix of every such skip, to count them
+
+
+def free_port() -> int:
+    """A port that is free now, below those that the kernel gives to outgoing connections. Such a
+    connection could take the port of a server that is being started. The numbers do not follow the
+    seed of the tests, which is the same in all their processes.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def missing(server: str, variable: str = "") -> NoReturn:

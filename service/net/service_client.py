@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import chain
 from pathlib import Path
@@ -102,12 +103,15 @@ class ServiceClient:
 
 def usual_trust() -> "ssl.SSLContext":
     """Trusts the certificates of SSL_CERT_FILE or SSL_CERT_DIR, otherwise certifi's."""
+    return _trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@cache  # reading the certificates takes 45 ms
+def _trust(file: str | None, folder: str | None) -> "ssl.SSLContext":
     import ssl
 
-    if file := os.environ.get("SSL_CERT_FILE"):
-        return ssl.create_default_context(cafile=file)
-    if folder := os.environ.get("SSL_CERT_DIR"):
-        return ssl.create_default_context(capath=folder)
+    if file or folder:
+        return ssl.create_default_context(cafile=file or None, capath=None if file else folder)
     import certifi
 
     return ssl.create_default_context(cafile=certifi.where())

@@ -1,7 +1,6 @@
 """Runs the programs of the documentation unchanged, as a reader who copied them would."""
 
 import os
-import random
 import re
 import shutil
 import socket
@@ -9,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.environment import ROOT, clean_environment
@@ -61,16 +60,6 @@ def written(folder: Path, library: str = "standardwebhooks", document: Path = DO
         (folder / name).write_text(text, "utf-8")
     with suppress(FileExistsError):
         (folder / "node_modules").symlink_to(MODULES)
-
-
-def free_port() -> int:
-    """A port that is free now, below those that the kernel gives to outgoing connections. Such a
-    connection could take the port of a program that is being restarted.
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))):
-            return port
 
 
 def command(program: str, port: int) -> list[str]:

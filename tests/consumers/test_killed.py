@@ -16,8 +16,9 @@ import pytest
 
 from tests.api import ASYNC, got, submitted
 from tests.brokers import PASSWORD, START_S, USER, address, broker_running, made
-from tests.consumers.programs import Running, free_port, written
+from tests.consumers.programs import Running, written
 from tests.processes import ADMIN_KEY, sandbox, service_settings, started
+from tests.servers import free_port
 from tests.waiting import wait_until
 
 KILLS, TASKS = 20, 500

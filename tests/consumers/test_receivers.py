@@ -14,7 +14,8 @@ from service.db.tables import events as outbox
 from service.db.transaction import Transaction
 from service.signing import sign_webhook
 from tests.api import ASYNC, UNTIL_DONE, got, submitted
-from tests.consumers.programs import LIBRARIES, free_port, listening, running, written
+from tests.consumers.programs import LIBRARIES, listening, running, written
+from tests.servers import free_port
 from tests.waiting import wait_until
 from tests.world import World, world
 

@@ -13,9 +13,10 @@ import httpx
 import pytest
 
 from tests.api import SUBMIT, got, order, refused
-from tests.consumers.programs import free_port, node, running, written
+from tests.consumers.programs import node, running, written
 from tests.consumers.test_receivers import events, forgeries, reading, signed, told
 from tests.environment import ROOT
+from tests.servers import free_port
 from tests.waiting import wait_until
 from tests.world import world
 

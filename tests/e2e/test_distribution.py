@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from service import VERSION
-from tests.consumers.programs import free_port
 from tests.environment import ROOT, START_S, clean_environment
+from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.consumers.programs import free_port
 from tests.docs.pages import FENCE, commands
 from tests.docs.render import DOCS, README
 from tests.docs.run_elsewhere import RUN_ELSEWHERE
 from tests.environment import clean_environment
 from tests.inputs import photo
 from tests.processes import UPSTREAM_KEY, sandbox, service_settings
-from tests.servers import missing
+from tests.servers import free_port, missing
 
 START_S, STOP_S, COMMAND_S = 60, 30, 120
 SERVER = re.compile(r"darkroom (serve|worker|sandbox)\b")

@@ -23,7 +23,6 @@ from service.db.queues import QUEUES
 from service.ops.metrics import STAGES, Metrics
 from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
-from tests.consumers.programs import free_port
 from tests.disks import small_disk
 from tests.docs.dashboard import dashboard
 from tests.environment import ROOT
@@ -36,7 +35,7 @@ from tests.processes import (
     service_settings,
     started,
 )
-from tests.servers import missing
+from tests.servers import free_port, missing
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -28,12 +28,12 @@ from tests.brokers import (
     Taken,
     address,
     broker_running,
-    free_port,
     kafka_running,
     reader,
 )
 from tests.integration.test_health import figures, ready
 from tests.logs import logged
+from tests.servers import free_port
 from tests.waiting import wait_until
 from tests.world import World, world
 

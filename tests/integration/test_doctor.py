@@ -31,20 +31,11 @@ from service.settings import load_settings
 from service.upkeep import heartbeats
 from service.web.sessions import COOKIE
 from tests.api import ASYNC, got, refused, submitted
-from tests.brokers import (
-    PASSWORD,
-    START_S,
-    USER,
-    BrokerServer,
-    address,
-    broker_running,
-    free_port,
-    program,
-)
+from tests.brokers import PASSWORD, START_S, USER, BrokerServer, address, broker_running, program
 from tests.browser.people import cookie
 from tests.disks import remount, small_disk
 from tests.processes import darkroom
-from tests.servers import missing
+from tests.servers import free_port, missing
 from tests.upstream import error
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, LOOPBACK, World, answering, subscriber, world
