@@ -513,6 +513,7 @@ def renewed(harness: Harness) -> Callable[[], Awaitable[bool]]:
 
 async def test_every_log_line_of_a_job_has_the_rows_id(harness: Harness) -> None:
     seen: list[dict[str, Any]] = []
+    structlog.contextvars.clear_contextvars()  # all tests of a process share one context
 
     async def run(lease: Lease) -> None:
         seen.append(structlog.contextvars.get_contextvars())
