@@ -155,7 +155,7 @@ async def check_endpoints(patient: Patient) -> dict[str, Finding]:
 
 
 def redirects(connection: Connection) -> list[tuple[str, int]]:
-    """Endpoints at work with a delivery whose last response was a redirect."""
+    """Active endpoints that answered the last attempt of a delivery with a redirect."""
     statement = (
         select(endpoints.c.id, deliveries.c.last_status)
         .join(deliveries, deliveries.c.endpoint_id == endpoints.c.id)

@@ -33,7 +33,7 @@ log = structlog.get_logger()
 DAY_MS = 86_400_000
 NAME_CHARS = 255
 COUNTED = 1 << 20  # bytes over the limit that are still counted
-# Control characters, those that turn the direction of text, and lone surrogates.
+# Control characters, marks that turn the direction of text, and lone surrogates.
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff]")
 
 

@@ -49,8 +49,8 @@ class QueryPlan:
     def again(
         self, attempt: int, *, called_back: bool, retry_after: float | None = None, age_ms: int = 0
     ) -> int:
-        """After a query that settled nothing. A callback that says that the task has ended makes
-        the wait short, and so does an operator who asks for the results of one that has.
+        """The wait after a query that settled nothing, in milliseconds. It is short after a
+        callback of an ended task, and after an operator has asked for an ended task's results.
         """
         wait = confirm_wait(attempt)
         if not called_back:

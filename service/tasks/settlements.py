@@ -116,8 +116,8 @@ def finish_at_once(
 
 
 def _unsettled(tx: Transaction, row: TaskRow, item: Settlement, why: str) -> int | None:
-    """Ends a task as expired whose time at the upstream is up without an outcome. Returns when to
-    query again.
+    """Ends a task as expired when its time at the upstream is up without an outcome. Returns when
+    to query again.
     """
     age, wait_ms = tx.now - (row.submitted_at or row.created_at), item.wait_ms
     again_at = tx.now + (min(wait_ms, item.latest_ms - age) if age < item.latest_ms else wait_ms)

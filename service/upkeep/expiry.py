@@ -33,7 +33,7 @@ TASKS, EVENTS, DELIVERIES, IMAGES, REPLAYS = 4, 16, 50, 50, 100
 ERASED = "erased"
 # The row stays, so that the image's link can respond 410.
 GONE = {"state": ERASED, "blob": None, "source_url": "", "sha256": None, "error": None}
-# The columns of a task that a removal reads. The others may be large.
+# The columns of a task that a removal reads. The rest may be large.
 COLUMNS = (tasks.c.id, tasks.c.owner, tasks.c.state, tasks.c.error, tasks.c.erased_at)
 OWN_PENDING = and_(deliveries.c.endpoint_id.is_(None), deliveries.c.state == "pending")
 
@@ -103,7 +103,7 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
 
 
 def _forget_task_images(tx: Transaction, task_id: str) -> tuple[str, ...]:
-    """Marks shown images as erased and deletes the others. Returns the blobs of all."""
+    """Marks shown images as erased and deletes the rest. Returns the blobs of all."""
     mine = images.c.task_id == task_id
     named = select(images.c.blob).where(mine, images.c.blob.is_not(None))
     blobs = tuple(tx.connection.execute(named.order_by(images.c.id).with_for_update()).scalars())

@@ -1,7 +1,7 @@
 """The SQL of the retention of input images.
 
 A file is erased when its days are over. Its row stays for as long again, so that the sweep knows
-whose blob it finds.
+the owner of a blob that it finds.
 """
 
 from collections.abc import Sequence

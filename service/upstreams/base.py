@@ -213,7 +213,7 @@ class Upstream(Protocol):
     """
 
     name: str
-    answering: bool  # False after a call that got no response, or one that is not this API's
+    answering: bool  # False after a call without a response of this API
     # Gets the kind of each call that the upstream refuses for our key or account, and the reason.
     on_refused: Callable[[str, str], None]
 

@@ -119,8 +119,8 @@ def builtin_models() -> Mapping[str, ModelEntry]:
 def merged(
     below: Mapping[str, ModelEntry], file: CatalogueFile, text: str, name: str
 ) -> dict[str, ModelEntry]:
-    """The models of a file on top of others. `like` names one of those, or an earlier one of the
-    file.
+    """The models of a file on top of `below`. `like` names a model of `below`, or an earlier model
+    of the file.
     """
     models = dict(below)
     for model, entry in file.models.items():

@@ -1,4 +1,4 @@
-"""The limits of input images: those of a model, and the common ones of an image without a model."""
+"""The limits of input images: a model's own, and the common limits of an image without a model."""
 
 from typing import Protocol
 

@@ -127,7 +127,7 @@ def _shortened(match: re.Match[bytes]) -> bytes:
 
 
 def link_of(text: str) -> str:
-    """A result's link as browsers trim it. One that is too long stays too long."""
+    """A result's link as browsers trim it. A link that is too long stays too long."""
     link = trimmed(text)
     return text_of(link, len(link) if is_data(link) else MAX_LINK + 1) or ""
 
@@ -156,7 +156,7 @@ _DECODER = json.JSONDecoder(
 
 def readable(answer: Response, limit: int) -> Response | EgressError:
     """The response, decoded. If its body broke, that counts only if the part that came is no JSON
-    object: an object ends with its last bracket, whatever the response's framing says.
+    object: an object ends with its last bracket, and the response's framing does not matter.
     """
     body = decoded(answer.body, answer.headers.get("content-encoding", ""), limit)
     if answer.failure is not None and document_of(body) is None:
@@ -166,8 +166,8 @@ def readable(answer: Response, limit: int) -> Response | EgressError:
 
 def task_of(body: bytes | bytearray, *, alone: bool = False, id: str | None = None) -> JSON | None:
     """The task in a body, or the error. Some gateways wrap a task in an object that may have an id
-    and a status of its own. Of all objects this is the one that looks most like a task, or like the
-    task with this `id`, and the innermost of equals.
+    and a status of its own. The answer is the object that looks most like a task, or like the task
+    with this `id`. Of equals the innermost counts.
     """
     document = document_of(body, alone=alone)
     if document is None:

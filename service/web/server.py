@@ -75,8 +75,8 @@ class Server(uvicorn.Server):
         return BoundedProtocol(self.config, self.server_state, state, self._gate, self._unsent)
 
     def _end_slow(self) -> None:
-        """Ends slow connections, the slowest first. Those of the address that has the most go
-        first. Others count as slow only after `IDLE_S`.
+        """Ends slow connections, the slowest first. The address with the most connections loses
+        its own first. Other addresses' connections count as slow only after `IDLE_S`.
         """
         now = asyncio.get_running_loop().time()
         if now < self._end_again_at:  # a look at 20,000 connections takes 20 ms
@@ -210,8 +210,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def free_when_lost(connection: socket.socket) -> None:
-    """Ends a connection whose peer acknowledges nothing for a while, such as a stream's reader that
-    lost its network. The system would wait a quarter of an hour.
+    """Ends a connection when its peer acknowledges nothing for a while, for instance after a
+    stream's reader lost its network. The system would wait a quarter of an hour.
     """
     if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_MS)

@@ -32,8 +32,8 @@ CALLBACK = b"POST /callbacks/"
 
 
 def unsent(transport: asyncio.Transport) -> int:
-    """The bytes that the reader's machine has not taken yet. Without those in the kernel a slow
-    reader would seem to take nothing, because the kernel asks for more only after megabytes.
+    """The bytes that the reader's machine has not taken yet, with the bytes in the kernel. The
+    kernel asks for more only after megabytes, so a slow reader would seem to take nothing.
     """
     in_kernel = array("i", [0])
     with suppress(OSError):

@@ -19,7 +19,7 @@ KEY = re.compile(r"[A-Za-z0-9._-]{16,96}")
 RATIO = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
 EDGES = {"1K": 1024, "2K": 2048, "3K": 3072, "4K": 4096}
 ASPECT = 16  # the largest that any model takes
-EDGE = EDGES["1K"]  # of a square whose size nothing says
+EDGE = EDGES["1K"]  # of a square without a size
 UNKNOWN_PRICE = Decimal("1.5")  # of a model without a price in the catalogue
 
 

@@ -98,7 +98,7 @@ UNUSABLE: Mapping[str, bytes] = {
 
 
 def spoiled(name: str, body: bytes) -> bytes:
-    """The document with one more field, which nobody needs and no strict parser takes."""
+    """The document with one more field that Darkroom does not need and a strict parser refuses."""
     return body[:-1] + b"," + UNUSABLE[name] + b"}"
 
 

@@ -1,4 +1,4 @@
-"""Sends an `Answer`, also one that breaks the rules of HTTP."""
+"""Sends an `Answer`, even if it breaks the rules of HTTP."""
 
 import asyncio
 from operator import attrgetter

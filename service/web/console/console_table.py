@@ -82,7 +82,7 @@ def navigation(caller: Caller) -> tuple[tuple[str, str, str], ...]:
 
 
 async def begin(request: Request, view: View) -> Visit | Response:
-    """The visit, with its form read. A person who is not signed in goes to the sign-in page.
+    """The visit, with its form read. A visitor without a session goes to the sign-in page.
     Raises ApiError.
     """
     context, sessions = context_of(request), sessions_of(request)
@@ -193,7 +193,7 @@ def by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
 
 
 def page_routes(*, console: bool) -> list[Route]:
-    """The routes of the pages: those of the documents need no key."""
+    """The routes of the pages. The documents need no key."""
     return [
         *(Path(path, docs_page.documentation) for path in docs_page.TEMPLATES),
         Route("/assets/{version}/{name}", asset),
