@@ -1,13 +1,17 @@
 """The transaction that operations work with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Table, bindparam, insert, update
 
 from service.ops.tracing import Origin
 from service.strict_json import JSON
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +122,15 @@ class Transaction:
                 values: JSON = {name: bindparam(name) for name in sorted(names)}
                 self.connection.execute(statement.values(values), parameters)
         self.changes.clear()
+
+
+def one_by_one(
+    operation: Callable[[Transaction, Item], Result],
+) -> Callable[[Transaction, Sequence[Item]], list[Result]]:
+    """An operation of the store, made of a function that handles one item."""
+
+    @wraps(operation)
+    def run(tx: Transaction, items: Sequence[Item]) -> list[Result]:
+        return [operation(tx, item) for item in items]
+
+    return run

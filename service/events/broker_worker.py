@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy import Connection, Update, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from service.db.tables import counters, events, sinks
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events.broker_message import Message
 from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_conditions
@@ -65,14 +65,11 @@ class SinkLease:
     position: int
 
 
-def lease_sinks(tx: Transaction, names: Sequence[str]) -> list[SinkLease | None]:
-    """Leases sinks to this process, or renews its leases. None: another process has the lease. A
+@one_by_one
+def lease_sinks(tx: Transaction, name: str) -> SinkLease | None:
+    """Leases a sink to this process, or renews its lease. None: another process has the lease. A
     new sink begins at the end of the outbox.
     """
-    return [_lease(tx, name) for name in names]
-
-
-def _lease(tx: Transaction, name: str) -> SinkLease | None:
     locked = select(sinks).where(sinks.c.name == name).with_for_update()
     row = tx.connection.execute(locked).first()
     if row is None:  # of two processes that start together, one inserts the row
@@ -97,25 +94,25 @@ def _lease(tx: Transaction, name: str) -> SinkLease | None:
     return SinkLease(name, fence, row.position)
 
 
-def advance_sinks(tx: Transaction, items: Sequence[SinkLease]) -> list[bool]:
-    """Records that brokers have all events up to `position`. False: another process has the
+@one_by_one
+def advance_sinks(tx: Transaction, lease: SinkLease) -> bool:
+    """Records that a broker has all events up to `position`. False: another process has the
     lease.
     """
-    return [
-        tx.connection.execute(_under(item).values(position=item.position)).rowcount == 1
-        for item in items
-    ]
+    return _change(tx, lease, position=lease.position)
 
 
-def release_sinks(tx: Transaction, items: Sequence[SinkLease]) -> list[bool]:
-    """Ends leases, so that another process can lease the sinks at once."""
-    values = {"lease_until": None, "lease_owner": None}
-    return [tx.connection.execute(_under(item).values(values)).rowcount == 1 for item in items]
+@one_by_one
+def release_sinks(tx: Transaction, lease: SinkLease) -> bool:
+    """Ends a lease, so that another process can lease the sink at once."""
+    return _change(tx, lease, lease_until=None, lease_owner=None)
 
 
-def _under(lease: SinkLease) -> Update:
+def _change(tx: Transaction, lease: SinkLease, **values: Any) -> bool:
+    """False: the lease does not hold any more."""
     mine = (sinks.c.name == lease.name, sinks.c.fence == lease.fence)
-    return update(sinks).where(*mine, sinks.c.lease_until.is_not(None))
+    held = update(sinks).where(*mine, sinks.c.lease_until.is_not(None))
+    return tx.connection.execute(held.values(values)).rowcount == 1
 
 
 def sinks_behind(

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, and_, bindparam, case, func, insert, over, se
 
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.events import failures, outbox
 from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
 from service.events.outbox import ORIGIN, DeliveryToSend
@@ -211,27 +211,26 @@ class ManualAttempt:
     attempt: DeliveryAttempt
 
 
-def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> list[None]:
-    for item in items:
-        mine = deliveries.c.id == item.delivery_id
-        found = tx.connection.execute(select(deliveries).where(mine).with_for_update()).mappings()
-        row = found.first()
-        known = select(attempts.c.id).where(attempts.c.id == item.attempt.id)
-        if row is None or tx.connection.scalar(known) is not None:
-            continue
-        _insert_attempts(tx, [(row, item.attempt)])
-        gone = item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
-        values: dict[str, Any] = {}
-        if item.result == "delivered" or gone:
-            state = "dead" if gone else "delivered"
-            values = leases.release("deliver", None, state=state, finished_at=tx.now)
-        if item.result == "delivered" or row["state"] != "delivered":
-            values |= failures.after(tx, row, item.result, *seen(item.attempt))
-        if values:
-            tx.connection.execute(update(deliveries).where(mine).values(values))
-        if row["endpoint_id"] is not None:
-            _record_on_endpoint(tx, row["endpoint_id"], item.result, item.attempt, manual=True)
-    return [None] * len(items)
+@one_by_one
+def record_manual_attempts(tx: Transaction, item: ManualAttempt) -> None:
+    mine = deliveries.c.id == item.delivery_id
+    found = tx.connection.execute(select(deliveries).where(mine).with_for_update()).mappings()
+    row = found.first()
+    known = select(attempts.c.id).where(attempts.c.id == item.attempt.id)
+    if row is None or tx.connection.scalar(known) is not None:
+        return
+    _insert_attempts(tx, [(row, item.attempt)])
+    gone = item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
+    values: dict[str, Any] = {}
+    if item.result == "delivered" or gone:
+        state = "dead" if gone else "delivered"
+        values = leases.release("deliver", None, state=state, finished_at=tx.now)
+    if item.result == "delivered" or row["state"] != "delivered":
+        values |= failures.after(tx, row, item.result, *seen(item.attempt))
+    if values:
+        tx.connection.execute(update(deliveries).where(mine).values(values))
+    if row["endpoint_id"] is not None:
+        _record_on_endpoint(tx, row["endpoint_id"], item.result, item.attempt, manual=True)
 
 
 def _record_on_endpoint(

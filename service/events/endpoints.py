@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Update, case, delete, func, insert, select, u
 
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import ZERO, counters, deliveries, endpoints
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.events import failures, outbox
 from service.events.endpoint_health import success_rate
 from service.ids import rfc3339
@@ -138,14 +138,11 @@ class NewEndpointRow:
     most: int = MAX_ENDPOINTS
 
 
-def insert_endpoints(tx: Transaction, items: Sequence[NewEndpointRow]) -> list[bool]:
-    """Inserts endpoints. False: the owner has as many as it may have."""
+@one_by_one
+def insert_endpoints(tx: Transaction, item: NewEndpointRow) -> bool:
+    """Inserts an endpoint. False: the owner has as many as it may have."""
     # Another transaction that inserts endpoints must not count at the same time.
     tx.connection.execute(select(counters).where(counters.c.name == "clock").with_for_update())
-    return [_insert(tx, item) for item in items]
-
-
-def _insert(tx: Transaction, item: NewEndpointRow) -> bool:
     owners = endpoints.c.owner.is_not_distinct_from(item.owner)
     ids = set(tx.connection.execute(select(endpoints.c.id).where(owners)).scalars())
     if item.id in ids or len(ids) >= item.most:
@@ -170,12 +167,9 @@ class EndpointChange:
     delete: bool = False
 
 
-def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[bool]:
-    """Changes endpoints. False: this owner has no such endpoint."""
-    return [_change(tx, item) for item in items]
-
-
-def _change(tx: Transaction, item: EndpointChange) -> bool:
+@one_by_one
+def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
+    """Changes an endpoint. False: this owner has no such endpoint."""
     row = lock_endpoint(tx, item.id, item.owner)
     if row is None:
         return False

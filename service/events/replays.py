@@ -14,7 +14,7 @@ from sqlalchemy import Connection, and_, case, func, insert, select, update
 
 from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.events import outbox
 from service.events.delivery_replays import DeliveryFilter, record_selected, selected_page
 from service.events.endpoints import EndpointRow, endpoint_row, lock_endpoint
@@ -103,12 +103,9 @@ class NewReplayRow:
     chosen: DeliveryFilter | None = None  # instead of the endpoint's events
 
 
-def insert_replays(tx: Transaction, items: Sequence[NewReplayRow]) -> list[bool]:
-    """Starts replays. False: the endpoint is disabled or gone."""
-    return [_insert(tx, item) for item in items]
-
-
-def _insert(tx: Transaction, item: NewReplayRow) -> bool:
+@one_by_one
+def insert_replays(tx: Transaction, item: NewReplayRow) -> bool:
+    """Starts a replay. False: the endpoint is disabled or gone."""
     wanted, extent = item.wanted, item.extent
     endpoint = lock_endpoint(tx, wanted.endpoint_id) if wanted.endpoint_id else None
     named = item.chosen is None or wanted.endpoint_id
@@ -137,12 +134,10 @@ def _insert(tx: Transaction, item: NewReplayRow) -> bool:
     return True
 
 
-def record_pages(tx: Transaction, items: Sequence[tuple[Lease, ReplayPage]]) -> list[bool]:
+@one_by_one
+def record_pages(tx: Transaction, item: tuple[Lease, ReplayPage]) -> bool:
     """Makes the deliveries. False: the lease had ended, or the replay is over."""
-    return [_record(tx, lease, page) for lease, page in items]
-
-
-def _record(tx: Transaction, lease: Lease, page: ReplayPage) -> bool:
+    lease, page = item
     mine = replays.c.id == lease.key
     row = tx.connection.execute(select(replays).where(mine).with_for_update()).mappings().first()
     if row is None or not leases.holds(lease, row):
@@ -245,14 +240,12 @@ def _on_their_way(
     return set(tx.connection.execute(reached).scalars())
 
 
-def cancel_replays(tx: Transaction, items: Sequence[tuple[str, str | None]]) -> list[bool]:
-    """Ends replays and their pending deliveries, by id and owner (None: any owner's). False: this
+@one_by_one
+def cancel_replays(tx: Transaction, item: tuple[str, str | None]) -> bool:
+    """Ends a replay and its pending deliveries, by id and owner (None: any owner's). False: this
     owner has no such replay.
     """
-    return [_cancel(tx, replay_id, owner) for replay_id, owner in items]
-
-
-def _cancel(tx: Transaction, replay_id: str, owner: str | None) -> bool:
+    replay_id, owner = item
     statement = matching(select(replays), replays, id=replay_id, owner=owner)
     row = tx.connection.execute(statement.with_for_update()).first()
     if row is None:

@@ -16,7 +16,7 @@ from sqlalchemy import Column, Connection, select, update
 
 from service.db.batching import BatchingStore
 from service.db.tables import endpoints, owners
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.errors import ApiError, ConfigurationError
 from service.signing import SECRET_PREFIX, Keyring, new_secret
 
@@ -85,12 +85,9 @@ class SecretChange:
     after: bytes
 
 
-def change_secrets(tx: Transaction, items: Sequence[SecretChange]) -> list[bool]:
-    """Changes secrets. False: the row is gone, or its secret is no longer `before`."""
-    return [_change(tx, item) for item in items]
-
-
-def _change(tx: Transaction, item: SecretChange) -> bool:
+@one_by_one
+def change_secrets(tx: Transaction, item: SecretChange) -> bool:
+    """Changes a secret. False: the row is gone, or its secret is no longer `before`."""
     key, secret = COLUMNS[item.table]
     statement = update(key.table).where(key == item.key, secret == item.before)
     return tx.connection.execute(statement.values({secret: item.after})).rowcount == 1

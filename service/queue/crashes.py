@@ -5,13 +5,13 @@ A process that is killed from outside crashes with many rows in work. A row that
 crashes is a poison candidate: it runs alone, so that the next crash has one cause.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import select
 
 from service.db.queues import QUEUES
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.queue import leases
 
 FAULT_LIMIT = 10
@@ -31,17 +31,14 @@ class Fault:
     dead_letter: DeadLetter
 
 
-def record_faults(tx: Transaction, items: Sequence[Fault]) -> list[int]:
-    """Counts faults and returns each row's count. At `FAULT_LIMIT` the row is dead-lettered.
+@one_by_one
+def record_faults(tx: Transaction, item: Fault) -> int:
+    """Counts a fault and returns the row's count. At `FAULT_LIMIT` the row is dead-lettered.
 
     The count is 0, and nothing is recorded, if the lease no longer holds. The same holds if the row
     is no longer due because another transaction moved the task on. The lease then ends as if its
     work were done.
     """
-    return [_record(tx, item) for item in items]
-
-
-def _record(tx: Transaction, item: Fault) -> int:
     queue = QUEUES[item.lease.stage]
     columns = (queue.column("due_at"), queue.column("faults"))
     row = tx.connection.execute(
@@ -74,14 +71,10 @@ class PoisonCandidate:
     dead_lettered: bool
 
 
-def claim_candidates(
-    tx: Transaction, items: Sequence[tuple[str, DeadLetter]]
-) -> list[PoisonCandidate | None]:
-    """Leases a poison candidate of each stage, if it has one that is due."""
-    return [_claim(tx, stage, dead_letter) for stage, dead_letter in items]
-
-
-def _claim(tx: Transaction, stage: str, dead_letter: DeadLetter) -> PoisonCandidate | None:
+@one_by_one
+def claim_candidates(tx: Transaction, item: tuple[str, DeadLetter]) -> PoisonCandidate | None:
+    """Leases a poison candidate of a stage, if it has one that is due."""
+    stage, dead_letter = item
     claimed = leases.claim_candidate(tx, stage)
     if claimed is None:
         return None

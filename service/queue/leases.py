@@ -2,7 +2,7 @@
 checks the fence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.queue.shares import claimable, take_slot, use_slot
 
 LEASE_MS = 30_000
@@ -109,15 +109,12 @@ def _value(stage: str, row: object, name: str) -> Any:
     return row[column] if isinstance(row, Mapping) else getattr(row, column)
 
 
-def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
-    """Leases due rows of each stage to this process, up to its free slots and to the shares of
-    their owners. Returns their number.
+@one_by_one
+def claim(tx: Transaction, stage: str) -> int:
+    """Leases due rows of a stage to this process, up to its free slots and to the shares of their
+    owners. Returns their number. Each statement passes over the owners whose share the one before
+    has used up.
     """
-    return [_claim(tx, stage) for stage in stages]
-
-
-def _claim(tx: Transaction, stage: str) -> int:
-    """Each statement passes over the owners whose share the one before has used up."""
     count = 0
     while tx.slots.get(stage, 0):
         most, full = claimable(tx, stage)
@@ -210,27 +207,26 @@ def _claiming(
     )
 
 
-def renew(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
-    """Extends leases and never shortens one. False for a lease that no longer holds."""
-    until = tx.now + LEASE_MS
-    results = []
-    for lease in leases:
-        column = QUEUES[lease.stage].column("lease_until")
-        longer = case((column.between(until, tx.now + LONGEST_LEASE_MS), column), else_=until)
-        results.append(change(tx, lease, {"lease_until": longer}))
-    return results
+@one_by_one
+def renew(tx: Transaction, lease: Lease) -> bool:
+    """Extends a lease and never shortens it. False: it no longer holds."""
+    until, column = tx.now + LEASE_MS, QUEUES[lease.stage].column("lease_until")
+    longer = case((column.between(until, tx.now + LONGEST_LEASE_MS), column), else_=until)
+    return change(tx, lease, {"lease_until": longer})
 
 
-def give_back(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
+@one_by_one
+def give_back(tx: Transaction, lease: Lease) -> bool:
     """Returns work untouched, as a stopping process does. The attempt does not count."""
-    return [_give_back(tx, lease, 0) for lease in leases]
+    return _give_back(tx, lease, 0)
 
 
-def snooze(tx: Transaction, items: Sequence[tuple[Lease, int]]) -> list[bool]:
+@one_by_one
+def snooze(tx: Transaction, item: tuple[Lease, int]) -> bool:
     """Returns work that the store could not record. It is due again after so many milliseconds, so
     that other rows go first.
     """
-    return [_give_back(tx, lease, wait_ms) for lease, wait_ms in items]
+    return _give_back(tx, *item)
 
 
 def _give_back(tx: Transaction, lease: Lease, wait_ms: int) -> bool:
@@ -242,10 +238,11 @@ def _give_back(tx: Transaction, lease: Lease, wait_ms: int) -> bool:
     return change(tx, lease, {"lease_until": None, "lease_owner": None, **values})
 
 
-def done(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
-    """Ends leases on rows that turned out to need no work. They are not due any more."""
+@one_by_one
+def done(tx: Transaction, lease: Lease) -> bool:
+    """Ends the lease on a row that turned out to need no work. It is not due any more."""
     ended = {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0}
-    return [change(tx, lease, ended) for lease in leases]
+    return change(tx, lease, ended)
 
 
 def change(tx: Transaction, lease: Lease, values: Mapping[str, Any]) -> bool:

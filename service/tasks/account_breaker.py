@@ -9,7 +9,7 @@ import structlog
 
 from service.credits import millionths
 from service.db.tables import tasks
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.errors import EgressError, StoreUnavailable
 from service.net import Response
 from service.ops.metrics import Metrics
@@ -230,7 +230,7 @@ def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> bool:
     return True
 
 
-def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:
+@one_by_one
+def resume_submissions(tx: Transaction, limit: int) -> int:
     """Makes up to so many tasks that this process holds due, in their turn. Returns how many."""
-    mine = tasks.c.submit_lease_owner == tx.process
-    return [release_held(tx, limit, mine) for limit in items]
+    return release_held(tx, limit, tasks.c.submit_lease_owner == tx.process)

@@ -11,7 +11,7 @@ from service.db.batching import BatchingStore
 from service.db.operator_tables import audit
 from service.db.paging import Row
 from service.db.tables import counters
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
 
@@ -63,23 +63,21 @@ class Act:
     judge: Judge
 
 
-def nothing(_: Transaction, items: Sequence[Any]) -> list[None]:
+@one_by_one
+def nothing(_: Transaction, __: Any) -> None:
     """The operation of an act that needs no transaction."""
-    return [None] * len(items)
 
 
-def perform(tx: Transaction, acts: Sequence[Act]) -> list[tuple[Any, ActEntry]]:
-    """Runs each act's operation, and appends its entry with the outcome."""
-    done = []
-    for act in acts:
-        (result,) = act.operation(tx, [act.item])
-        tx.write()
-        outcome, detail = act.judge(result)
-        known = {**(act.entry.detail or {}), **(detail or {})} or None
-        entry = replace(act.entry, outcome=outcome, detail=known)
-        tx.defer(append, entry.id, entry)
-        done.append((result, entry))
-    return done
+@one_by_one
+def perform(tx: Transaction, act: Act) -> tuple[Any, ActEntry]:
+    """Runs an act's operation, and appends its entry with the outcome."""
+    (result,) = act.operation(tx, [act.item])
+    tx.write()
+    outcome, detail = act.judge(result)
+    known = {**(act.entry.detail or {}), **(detail or {})} or None
+    entry = replace(act.entry, outcome=outcome, detail=known)
+    tx.defer(append, entry.id, entry)
+    return result, entry
 
 
 def append(tx: Transaction, items: Mapping[str, ActEntry]) -> None:
@@ -142,11 +140,8 @@ def entry_document(row: Row) -> JSON:
     return {**shown, "time": rfc3339(row["time"])}
 
 
-def forget_acts(tx: Transaction, items: Sequence[int]) -> list[int]:
-    """Deletes some entries that are older than each time, and returns how many."""
-    counts = []
-    for before in items:
-        old = select(audit.c.sequence).where(audit.c.time < before).limit(FORGOTTEN)
-        deleted = delete(audit).where(audit.c.sequence.in_(old))
-        counts.append(tx.connection.execute(deleted).rowcount)
-    return counts
+@one_by_one
+def forget_acts(tx: Transaction, before: int) -> int:
+    """Deletes some entries that are older, and returns how many."""
+    old = select(audit.c.sequence).where(audit.c.time < before).limit(FORGOTTEN)
+    return tx.connection.execute(delete(audit).where(audit.c.sequence.in_(old))).rowcount

@@ -2,13 +2,13 @@
 pages, the oldest task first. Each page is one transaction with an entry of the audit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
 
 from service.db.tables import images, tasks
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.queue.crashes import FAULT_LIMIT
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.state import State
@@ -91,12 +91,9 @@ def count_tasks(connection: Connection, act: str, wanted: TaskFilter) -> int:
     return count
 
 
-def act_on_pages(tx: Transaction, items: Sequence[BulkPage]) -> list[BulkResult]:
-    """Changes the next tasks of each act. A task that no longer allows it counts as refused."""
-    return [_act(tx, item) for item in items]
-
-
-def _act(tx: Transaction, item: BulkPage) -> BulkResult:
+@one_by_one
+def act_on_pages(tx: Transaction, item: BulkPage) -> BulkResult:
+    """Changes the next tasks of an act. A task that no longer allows it counts as refused."""
     created, id = tasks.c.created_at, tasks.c.id
     time, after = item.after
     page = _selected(item.act, item.filter).where(

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Select, delete, select
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
 from service.db.paging import Selection, page
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
 
@@ -113,18 +113,16 @@ def file_list(connection: Connection, wanted: Selection, now: int) -> list[FileR
     return file_rows(connection, page(select_files(now), file_table, wanted))
 
 
-def insert_files(tx: Transaction, items: Sequence[FileRow]) -> list[None]:
-    """Inserts files before their blobs are stored, so that the sweep knows them."""
-    for item in items:
-        tx.insert(file_table, asdict(item) | {"blob": None})
-    return [None] * len(items)
+@one_by_one
+def insert_files(tx: Transaction, item: FileRow) -> None:
+    """Inserts a file before its blob is stored, so that the sweep knows it."""
+    tx.insert(file_table, asdict(item) | {"blob": None})
 
 
-def store_files(tx: Transaction, items: Sequence[FileRow]) -> list[None]:
-    """Names the blobs of files. They are stored from now on."""
-    for item in items:
-        tx.change(file_table, item.id, {"blob": item.blob})
-    return [None] * len(items)
+@one_by_one
+def store_files(tx: Transaction, item: FileRow) -> None:
+    """Names the blob of a file. It is stored from now on."""
+    tx.change(file_table, item.id, {"blob": item.blob})
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +141,9 @@ class ErasedFile:
     copy: InputCopy | None
 
 
-def erase_files(tx: Transaction, items: Sequence[FileErasure]) -> list[ErasedFile | None]:
-    """Erases files with everything that came from their owners. None: there is no such file."""
-    return [_erase_file(tx, item) for item in items]
-
-
-def _erase_file(tx: Transaction, item: FileErasure) -> ErasedFile | None:
+@one_by_one
+def erase_files(tx: Transaction, item: FileErasure) -> ErasedFile | None:
+    """Erases a file with everything that came from its owner. None: there is no such file."""
     c = file_table.c
     statement = select(c.blob).where(c.id == item.file_id, c.blob.is_not(None))
     if item.owner is not None:

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, delete, select
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
 from service.db.tables import images, tasks
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.ids import EXTENSIONS, PREFIXES
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
@@ -154,12 +154,9 @@ def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[
     return {row.id: InputSource(row.blob, row.media_type, row.bytes) for row in found}
 
 
-def record_copies(tx: Transaction, items: Sequence[InputCopy]) -> list[bool]:
-    """Records copies. False: the file or result is gone, so the copy must go too."""
-    return [_record_copy(tx, item) for item in items]
-
-
-def _record_copy(tx: Transaction, item: InputCopy) -> bool:
+@one_by_one
+def record_copies(tx: Transaction, item: InputCopy) -> bool:
+    """Records a copy. False: the file or result is gone, so the copy must go too."""
     is_file = item.id.startswith(PREFIXES["file"])
     table = file_table if is_file else images
     source = select(table.c.id).where(table.c.id == item.id, table.c.blob.is_not(None))
@@ -170,14 +167,11 @@ def _record_copy(tx: Transaction, item: InputCopy) -> bool:
     return True
 
 
-def forget_spare_copies(tx: Transaction, items: Sequence[int]) -> list[list[InputCopy]]:
+@one_by_one
+def forget_spare_copies(tx: Transaction, limit: int) -> list[InputCopy]:
     """Forgets the oldest copies that no task names which may still be sent or is at work, so many.
     The caller deletes them at the upstream afterwards. A row never names a copy that is gone there.
     """
-    return [_forget_spare_copies(tx, limit) for limit in items]
-
-
-def _forget_spare_copies(tx: Transaction, limit: int) -> list[InputCopy]:
     connection = tx.connection
     ended = [state.value for state in TERMINAL]
     waiting = select(tasks.c.inputs).where(tasks.c.state.not_in(ended), tasks.c.inputs.is_not(None))

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, insert, select, update
 from service.db.key_tables import api_keys
 from service.db.paging import Row, Selection, page
 from service.db.tables import endpoints, owners, tasks
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 
 ALL = Selection()
 
@@ -33,33 +33,29 @@ class NewOwner:
     callback_secret: bytes
 
 
-def insert_owners(tx: Transaction, items: Sequence[NewOwner]) -> list[None]:
-    """Inserts owners that do not exist, so that their tasks' callbacks can be signed."""
-    for item in items:
-        existing = select(owners.c.name).where(owners.c.name == item.name)
-        if tx.connection.execute(existing).first() is None:
-            values = {"name": item.name, "callback_secret": item.callback_secret}
-            tx.connection.execute(insert(owners).values(**values, created_at=tx.now))
-    return [None] * len(items)
+@one_by_one
+def insert_owners(tx: Transaction, item: NewOwner) -> None:
+    """Inserts an owner that does not exist, so that its tasks' callbacks can be signed."""
+    existing = select(owners.c.name).where(owners.c.name == item.name)
+    if tx.connection.execute(existing).first() is None:
+        values = {"name": item.name, "callback_secret": item.callback_secret}
+        tx.connection.execute(insert(owners).values(**values, created_at=tx.now))
 
 
-def insert_keys(tx: Transaction, items: Sequence[StoredKey]) -> list[bool]:
-    """Inserts keys. True for the owner's first one, which brings the callback secret."""
-    execute, results = tx.connection.execute, []
-    for item in items:
-        insert_owners(tx, [NewOwner(item.owner, item.callback_secret)])
-        own = owners.c.name == item.owner
-        secret = execute(select(owners.c.callback_secret).where(own).with_for_update()).scalar_one()
-        first = execute(select(api_keys.c.id).where(api_keys.c.owner == item.owner)).first() is None
-        if first:  # no client has seen the secret of an owner without a key
-            execute(update(owners).where(own).values(callback_secret=item.callback_secret))
-        if execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
-            names = ("id", "owner", "hash", "hint")
-            values = {name: getattr(item, name) for name in names}
-            values |= {"scopes": list(item.scopes), "created_at": tx.now}
-            execute(insert(api_keys).values(values))
-        results.append(first or secret == item.callback_secret)
-    return results
+@one_by_one
+def insert_keys(tx: Transaction, item: StoredKey) -> bool:
+    """Inserts a key. True for the owner's first one, which brings the callback secret."""
+    execute, own = tx.connection.execute, owners.c.name == item.owner
+    insert_owners(tx, [NewOwner(item.owner, item.callback_secret)])
+    secret = execute(select(owners.c.callback_secret).where(own).with_for_update()).scalar_one()
+    first = execute(select(api_keys.c.id).where(api_keys.c.owner == item.owner)).first() is None
+    if first:  # no client has seen the secret of an owner without a key
+        execute(update(owners).where(own).values(callback_secret=item.callback_secret))
+    if execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
+        values = {name: getattr(item, name) for name in ("id", "owner", "hash", "hint")}
+        values |= {"scopes": list(item.scopes), "created_at": tx.now}
+        execute(insert(api_keys).values(values))
+    return first or secret == item.callback_secret
 
 
 def revoke_keys(tx: Transaction, ids: Sequence[str]) -> list[bool]:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Select, func, select, update
 from service.db.batching import BatchingStore
 from service.db.operator_tables import pauses
 from service.db.tables import tasks
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Lease, Transaction, one_by_one
 from service.errors import StoreUnavailable
 from service.events import outbox
 from service.ids import rfc3339, rfc3339_or_none
@@ -79,14 +79,11 @@ class PauseChange:
     key_id: str
 
 
-def change_pause(tx: Transaction, items: Sequence[PauseChange]) -> list[tuple[Pause, bool]]:
+@one_by_one
+def change_pause(tx: Transaction, item: PauseChange) -> tuple[Pause, bool]:
     """Pauses or resumes submission. Returns the pause, and whether it began or ended. A pause that
     is under way takes the new reason.
     """
-    return [_change(tx, item) for item in items]
-
-
-def _change(tx: Transaction, item: PauseChange) -> tuple[Pause, bool]:
     since = _pause(tx.connection, _row.with_for_update()).paused_at
     after = Pause(tx.now if since is None else since, item.reason, item.key_id)
     if not item.paused:
@@ -142,11 +139,12 @@ def release_held(tx: Transaction, limit: int, *where: Any) -> int:
     return count
 
 
-def release_paused(tx: Transaction, items: Sequence[int]) -> list[int]:
+@one_by_one
+def release_paused(tx: Transaction, limit: int) -> int:
     """Makes held tasks of every process due, unless submission is paused."""
     if locked_pause(tx).paused_at is not None:
-        return [0] * len(items)
-    return [release_held(tx, limit, tasks.c.submit_lease_owner.is_not(None)) for limit in items]
+        return 0
+    return release_held(tx, limit, tasks.c.submit_lease_owner.is_not(None))
 
 
 class PauseWatch:

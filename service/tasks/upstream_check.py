@@ -1,14 +1,13 @@
 """Checks the settings of the upstream with a free call, and tells operators about its account."""
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
 from service.db.counters import set_counter
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.errors import StoreUnavailable
 from service.events import outbox
 from service.resources import Resources
@@ -76,13 +75,12 @@ class AccountState:
     reason: str | None
 
 
-def tell(tx: Transaction, items: Sequence[AccountState]) -> list[None]:
+@one_by_one
+def tell(tx: Transaction, item: AccountState) -> None:
     """Emits the operators' event, unless another process has told the same."""
-    for item in items:
-        if set_counter(tx, REFUSED, int(item.reason is not None)):
-            data = {"upstream": item.upstream}
-            if item.reason is None:
-                outbox.emit_operators(tx, "account.restored", data)
-            else:
-                outbox.emit_operators(tx, "account.refused", data | {"reason": item.reason})
-    return [None] * len(items)
+    if set_counter(tx, REFUSED, int(item.reason is not None)):
+        data = {"upstream": item.upstream}
+        if item.reason is None:
+            outbox.emit_operators(tx, "account.restored", data)
+        else:
+            outbox.emit_operators(tx, "account.refused", data | {"reason": item.reason})

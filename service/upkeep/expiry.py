@@ -22,7 +22,7 @@ from service.db.tables import (
     steps,
     tasks,
 )
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
 from service.tasks.files import InputCopy, forget_copies
@@ -153,17 +153,14 @@ class Stripped:
     blobs: list[str]
 
 
-def strip_tasks(tx: Transaction, items: Sequence[int]) -> list[Stripped]:
-    """Removes the content of tasks that ended by each of these times.
+@one_by_one
+def strip_tasks(tx: Transaction, before: int) -> Stripped:
+    """Removes the content of tasks that ended by this time.
 
     Prompt, body, metadata, callbacks, timeline and bodies in quarantine go. Images stay. A task
     keeps its content while the upstream is queried about it, an image is pending, or its own
     callback is to be delivered.
     """
-    return [_strip_tasks(tx, before) for before in items]
-
-
-def _strip_tasks(tx: Transaction, before: int) -> Stripped:
     busy = (
         exists().where(deliveries.c.task_id == tasks.c.id, OWN_PENDING),
         exists().where(images.c.task_id == tasks.c.id, images.c.state == "pending"),
@@ -223,14 +220,11 @@ def old_events(connection: Connection, after: int, before: int) -> OldEvents | N
     return OldEvents([id for id in ids if id not in wanted], page[-1].sequence)
 
 
-def forget_deliveries(tx: Transaction, items: Sequence[Sequence[str]]) -> list[int]:
+@one_by_one
+def forget_deliveries(tx: Transaction, event_ids: Sequence[str]) -> int:
     """Deletes finished deliveries of these events, with their attempts. Returns how many, at most
     DELIVERIES.
     """
-    return [_forget_deliveries(tx, ids) for ids in items]
-
-
-def _forget_deliveries(tx: Transaction, event_ids: Sequence[str]) -> int:
     finished = and_(deliveries.c.event_id.in_(event_ids), deliveries.c.state != "pending")
     statement = select(deliveries.c.id).where(finished).order_by(deliveries.c.id).limit(DELIVERIES)
     ids = list(tx.connection.execute(statement.with_for_update()).scalars())
@@ -238,14 +232,11 @@ def _forget_deliveries(tx: Transaction, event_ids: Sequence[str]) -> int:
     return _delete(tx, deliveries, deliveries.c.id.in_(ids))
 
 
-def forget_events(tx: Transaction, items: Sequence[Sequence[str]]) -> list[int]:
+@one_by_one
+def forget_events(tx: Transaction, ids: Sequence[str]) -> int:
     """Deletes events that have no delivery any more, and returns how many. Readers from before the
     last deleted sequence get `resync`.
     """
-    return [_forget_events(tx, ids) for ids in items]
-
-
-def _forget_events(tx: Transaction, ids: Sequence[str]) -> int:
     free = and_(events.c.id.in_(ids), ~exists().where(deliveries.c.event_id == events.c.id))
     statement = select(events.c.sequence).where(free).order_by(events.c.sequence)
     sequences = list(tx.connection.execute(statement.with_for_update()).scalars())
@@ -255,22 +246,20 @@ def _forget_events(tx: Transaction, ids: Sequence[str]) -> int:
     return _delete(tx, events, events.c.sequence.in_(sequences))
 
 
-def forget_replays(tx: Transaction, items: Sequence[int]) -> list[int]:
-    """Deletes replays that finished by each of these times, and returns how many, at most REPLAYS.
-    Their deliveries go with the events.
+@one_by_one
+def forget_replays(tx: Transaction, before: int) -> int:
+    """Deletes replays that finished by this time, and returns how many, at most REPLAYS. Their
+    deliveries go with the events.
     """
-    old = [select(replays.c.id).where(replays.c.finished_at <= before) for before in items]
-    return [_delete(tx, replays, replays.c.id.in_(ids.limit(REPLAYS))) for ids in old]
+    old = select(replays.c.id).where(replays.c.finished_at <= before).limit(REPLAYS)
+    return _delete(tx, replays, replays.c.id.in_(old))
 
 
-def forget_images(tx: Transaction, items: Sequence[int]) -> list[list[str]]:
-    """Erases images of terminal tasks that were stored by each of these times, at most IMAGES.
-    Returns their blobs, which are deleted after the commit.
+@one_by_one
+def forget_images(tx: Transaction, before: int) -> list[str]:
+    """Erases images of terminal tasks that were stored by this time, at most IMAGES. Returns their
+    blobs, which are deleted after the commit.
     """
-    return [_forget_images(tx, before) for before in items]
-
-
-def _forget_images(tx: Transaction, before: int) -> list[str]:
     old = select(images.c.id, images.c.blob).join(tasks, tasks.c.id == images.c.task_id)
     old = old.where(
         images.c.blob.is_not(None), images.c.stored_at <= before, tasks.c.terminal_at.is_not(None)

@@ -4,25 +4,20 @@ A file is erased when its days are over. Its row stays for as long again, so tha
 the owner of a blob that it finds.
 """
 
-from collections.abc import Sequence
-
 from sqlalchemy import delete, select, update
 
 from service.db.file_tables import copies, files
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 
 FILES = 50  # rows that one transaction takes
 ROW_MS = 7 * 86_400_000  # how long the row of a file that is gone stays
 
 
-def forget_files(tx: Transaction, items: Sequence[int]) -> list[list[str]]:
-    """Erases files whose days were over by each of these times, at most FILES. Returns their
-    blobs, which are deleted after the commit.
+@one_by_one
+def forget_files(tx: Transaction, before: int) -> list[str]:
+    """Erases files whose days were over by this time, at most FILES. Returns their blobs, which
+    are deleted after the commit.
     """
-    return [_forget_files(tx, before) for before in items]
-
-
-def _forget_files(tx: Transaction, before: int) -> list[str]:
     old = select(files.c.id, files.c.blob).where(
         files.c.expires_at <= before, files.c.blob.is_not(None)
     )
@@ -35,10 +30,9 @@ def _forget_files(tx: Transaction, before: int) -> list[str]:
     return [row.blob for row in rows]
 
 
-def forget_file_rows(tx: Transaction, items: Sequence[int]) -> list[int]:
+@one_by_one
+def forget_file_rows(tx: Transaction, before: int) -> None:
     """Deletes the rows of files that are gone, and copies that the upstream has no more."""
-    for before in items:
-        old = files.c.expires_at <= before - ROW_MS
-        tx.connection.execute(delete(files).where(old, files.c.blob.is_(None)))
-        tx.connection.execute(delete(copies).where(copies.c.expires_at <= before))
-    return [0] * len(items)
+    old = files.c.expires_at <= before - ROW_MS
+    tx.connection.execute(delete(files).where(old, files.c.blob.is_(None)))
+    tx.connection.execute(delete(copies).where(copies.c.expires_at <= before))

@@ -2,13 +2,12 @@
 backup may be paid or numbered twice.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select, update
 
 from service.db.tables import counters, tasks
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, one_by_one
 from service.queue import leases
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
@@ -41,10 +40,9 @@ class Restored:
     sequence: int
 
 
-def restore_stores(tx: Transaction, items: Sequence[Restoration]) -> list[Restored]:
-    return [
-        Restored(0 if item.moved else _doubt(tx, item), _raise_sequence(tx, item)) for item in items
-    ]
+@one_by_one
+def restore_stores(tx: Transaction, item: Restoration) -> Restored:
+    return Restored(0 if item.moved else _doubt(tx, item), _raise_sequence(tx, item))
 
 
 def _raise_sequence(tx: Transaction, item: Restoration) -> int:
