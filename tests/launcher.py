@@ -7,6 +7,8 @@ its answer. `{"start": {...}}` is answered with a pid, `{"poll": pid}` with an e
 The launcher ends with its input and kills the processes that still run.
 """
 
+import atexit
+import gc
 import json
 import os
 import random
@@ -17,13 +19,29 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.environment import STOP_S, clean_environment
 
 LOG = "service.log"
+# What a service imports, at its start or later. Its forks share the modules.
+IMPORTED = (
+    "alembic.command",
+    "asyncpg",
+    "encodings.idna",
+    "service.app",
+    "service.db.failover",
+    "service.db.postgres",
+    "service.ops.logging",
+    "service.web.server",
+    "sqlalchemy.dialects.postgresql.asyncpg",
+    "uvicorn.lifespan.on",
+    "uvloop",
+)
 
 
 class Launcher:
@@ -32,6 +50,7 @@ class Launcher:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
         self._lock = threading.Lock()
+        self.started: list[int] = []
 
     def ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None
@@ -64,6 +83,7 @@ class Launcher:
             "prelude": prelude,
         }
         pid: int = self.ask(start=request)
+        self.started.append(pid)
         return pid
 
 
@@ -121,6 +141,31 @@ def launching(
         finally:
             assert process.stdin is not None
             process.stdin.close()
+            process.wait(STOP_S)
+
+
+@cache
+def _lasting(coverage: bool) -> Launcher:
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(launching(coverage=coverage))
+
+
+def lasting(*, coverage: bool = False) -> Launcher:
+    """The launcher that all tests of this process share, because its imports take two seconds."""
+    return _lasting(coverage and any(name.startswith("COVERAGE_") for name in os.environ))
+
+
+@contextmanager
+def borrowed() -> Iterator[Launcher]:
+    """The shared launcher. The end of the block kills the processes that were started in it."""
+    launcher = lasting()
+    before = len(launcher.started)
+    try:
+        yield launcher
+    finally:
+        for process in [Forked(launcher, pid) for pid in launcher.started[before:]]:
+            process.kill()
             process.wait(STOP_S)
 
 
@@ -219,12 +264,14 @@ def run(
 
 
 def launch() -> None:
-    import asyncpg  # noqa: F401
-    import uvloop  # noqa: F401
+    from service.net import usual_trust
+    from service.upstreams.catalogue import builtin_models
 
-    import service.app
-    import service.ops.logging
-    import service.web.server  # noqa: F401
+    for name in IMPORTED:
+        import_module(name)
+    builtin_models()
+    usual_trust()
+    gc.freeze()  # a fork's collector would copy every page that it walks
 
     codes: dict[int, int | None] = {}
     answer: int | None

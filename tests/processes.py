@@ -1,34 +1,22 @@
 """Darkroom as processes, started like a user starts it."""
 
-import atexit
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from tests.environment import START_S, STOP_S, clean_environment
-from tests.launcher import Forked, Launcher, launching
+from tests.launcher import Forked, lasting
 
 ADMIN_KEY = "admin-key-of-the-tests"
 UPSTREAM_KEY = "sk-upstream"
 LOOPBACK = "127.0.0.0/8"
-
-
-@cache
-def _launcher() -> Launcher:
-    """One launcher for all commands of this test process, so that a command starts without its
-    imports.
-    """
-    stack = ExitStack()
-    atexit.register(stack.close)
-    return stack.enter_context(launching(coverage=True))
 
 
 def forked(
@@ -42,7 +30,7 @@ def forked(
     """Starts a command of the program in a process of its own. Its output goes to the
     named files.
     """
-    launcher, environment = _launcher(), clean_environment(environment)
+    launcher, environment = lasting(coverage=True), clean_environment(environment)
     pid = launcher.start(arguments, folder, environment, str(stdout), str(stderr), prelude)
     return Forked(launcher, pid)
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import SUBMIT
-from tests.launcher import Launcher, launching
+from tests.launcher import Launcher, borrowed
 from tests.processes import LOOPBACK, UPSTREAM_KEY
 from tests.servers import postgres_database
 from tests.upstream import error
@@ -100,6 +100,6 @@ class Bench:
 @asynccontextmanager
 async def benches(folder: Path, server: str) -> AsyncIterator[Bench]:
     upstream = Upstream(create_sandbox(SANDBOX))
-    with launching() as launcher:
+    with borrowed() as launcher:
         async with answering(upstream) as url, subscriber() as listening:
             yield Bench(folder, server, upstream, url, listening, launcher)

@@ -17,7 +17,7 @@ from service.events.replays import PAGE
 from tests.api import got
 from tests.crash.group import LEASE_MS
 from tests.crash.life import PATIENCE_S, SETTINGS, listed
-from tests.launcher import Launched, launching
+from tests.launcher import Launched, borrowed
 from tests.outbox import emitted
 from tests.processes import ADMIN_KEY, service_settings
 from tests.waiting import wait_until
@@ -42,7 +42,7 @@ async def test_a_replay_that_is_killed_loses_and_doubles_nothing(
     """
     async with AsyncExitStack() as stack:
         shop = await stack.enter_async_context(subscriber())
-        launcher = stack.enter_context(launching())
+        launcher = stack.enter_context(borrowed())
         settings: dict[str, Any] = {"secret_key": SETTINGS["SECRET_KEY"]}
         environment = service_settings("http://127.0.0.1:1", tmp_path, **SETTINGS)
         if database is not None:

@@ -28,16 +28,16 @@ from tests.certificates import self_signed
 from tests.crash.life import free_port, listed
 from tests.crash.load import PATIENCE_S, SECRET, TRY_S, loaded, sending, until
 from tests.environment import ROOT, clean_environment
-from tests.launcher import Launched, Launcher, launching
+from tests.launcher import Launched, Launcher, borrowed, launching
 from tests.processes import ADMIN_KEY, Running, sandbox, service_settings
 from tests.servers import missing
 from tests.waiting import wait_until
 
-RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "8"))
+RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "4"))
 # The seconds that a process lives. It lives longer behind the proxy, because the proxy retries once
 # a second and could hit several restarts in a row.
 UP_S, UP_BEHIND_S = (0.0, 0.5), (0.7, 1.2)
-TASKS = 120
+TASKS = 40
 
 pytestmark = pytest.mark.timeout(120 + 12 * RESTARTS)
 
@@ -177,7 +177,7 @@ async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
         public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
         stack.enter_context(haproxy(public, backend, tmp_path / "haproxy.log", PROXY_TLS="off"))
         await wait_until(lambda: open_at(public), PATIENCE_S)
-        launcher = stack.enter_context(launching())
+        launcher = stack.enter_context(borrowed())
         place = Place(
             launcher, tmp_path, settings(upstream, tmp_path, PORT=backend.rpartition(":")[2])
         )

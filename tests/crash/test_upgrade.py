@@ -46,9 +46,7 @@ WAITING = """
 
 def next_version(folder: Path) -> Path:
     """A folder with a copy of the program that has one more migration."""
-    shutil.copytree(
-        ROOT / "service", folder / "service", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "service", folder / "service")  # with the bytecode
     versions = folder / "service" / "db" / "migrations" / "versions"
     head = max(path.name[:4] for path in versions.glob("[0-9]*.py"))
     (versions / "9998_next.py").write_text(textwrap.dedent(EXPANDS).format(head=head))
