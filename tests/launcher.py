@@ -37,6 +37,7 @@ IMPORTED = (
     "service.db.failover",
     "service.db.postgres",
     "service.ops.logging",
+    "service.upstreams.sandbox",
     "service.web.server",
     "sqlalchemy.dialects.postgresql.asyncpg",
     "uvicorn.lifespan.on",
@@ -145,21 +146,21 @@ def launching(
 
 
 @cache
-def _lasting(coverage: bool) -> Launcher:
+def _shared(coverage: bool) -> Launcher:
     stack = ExitStack()
     atexit.register(stack.close)
     return stack.enter_context(launching(coverage=coverage))
 
 
-def lasting(*, coverage: bool = False) -> Launcher:
+def shared_launcher(*, coverage: bool = False) -> Launcher:
     """The launcher that all tests of this process share, because its imports take two seconds."""
-    return _lasting(coverage and any(name.startswith("COVERAGE_") for name in os.environ))
+    return _shared(coverage and any(name.startswith("COVERAGE_") for name in os.environ))
 
 
 @contextmanager
 def borrowed() -> Iterator[Launcher]:
     """The shared launcher. The end of the block kills the processes that were started in it."""
-    launcher = lasting()
+    launcher = shared_launcher()
     before = len(launcher.started)
     try:
         yield launcher

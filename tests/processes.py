@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from tests.environment import START_S, STOP_S, clean_environment
-from tests.launcher import Forked, lasting
+from tests.launcher import Forked, shared_launcher
 
 ADMIN_KEY = "admin-key-of-the-tests"
 UPSTREAM_KEY = "sk-upstream"
@@ -30,7 +30,7 @@ def forked(
     """Starts a command of the program in a process of its own. Its output goes to the
     named files.
     """
-    launcher, environment = lasting(coverage=True), clean_environment(environment)
+    launcher, environment = shared_launcher(coverage=True), clean_environment(environment)
     pid = launcher.start(arguments, folder, environment, str(stdout), str(stderr), prelude)
     return Forked(launcher, pid)
 

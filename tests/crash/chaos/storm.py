@@ -21,7 +21,7 @@ from tests.crash.chaos.members import Member, restart
 from tests.crash.chaos.upstream import upstream
 from tests.crash.chaos.weather import Act, Scale, acts, faults
 from tests.environment import START_S
-from tests.launcher import launching
+from tests.launcher import borrowed
 from tests.processes import ADMIN_KEY, service_settings
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, subscriber
@@ -220,9 +220,8 @@ async def storms(
     storm = Storm(store, scale, seed, folder, database)
     chance = Random(f"{seed}/doors")
     async with AsyncExitStack() as stack:
-        launcher = stack.enter_context(launching())
-        storm.upstream_pid, storm.upstream_port = stack.enter_context(upstream(seed, folder))
-        stack.callback(os.kill, storm.upstream_pid, signal.SIGCONT)
+        launcher = stack.enter_context(borrowed())
+        storm.upstream_pid, storm.upstream_port = await upstream(launcher, seed, folder)
         storm.subscriber = await stack.enter_async_context(subscriber())
         storm.subscriber.answer = stumbling(chance)
         layout = LAYOUTS[store]

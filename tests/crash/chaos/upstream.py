@@ -1,4 +1,4 @@
-"""The upstream of a chaos run, a process of its own: `python -m tests.crash.chaos.upstream SEED`.
+"""The upstream of a chaos run, a process of its own.
 
 It is the sandbox, and some of its answers are untidy. It lists every submission that it read at
 `GET /chaos/posts`: `[[prompt, idempotency key, status or null], …]`. That list and the sandbox's
@@ -7,16 +7,13 @@ tasks show what was paid.
 
 import asyncio
 import json
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from decimal import Decimal
 from ipaddress import ip_network
 from operator import attrgetter
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 from starlette.requests import ClientDisconnect, Request
@@ -28,9 +25,11 @@ from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.upstreams.sandbox.wire import hang_up
 from service.web.server import Server, bind, listening, stopping
 from tests.api import SUBMIT
-from tests.environment import clean_environment
+from tests.environment import START_S, clean_environment
+from tests.launcher import Launcher
 from tests.processes import LOOPBACK, UPSTREAM_KEY
 from tests.untidy import CODINGS, FRAMING, LIMITS
+from tests.waiting import wait_until
 
 POSTS = "/chaos/posts"
 DELAY_S = 0.5
@@ -135,22 +134,17 @@ async def serve(seed: int) -> None:
             await stop.wait()
 
 
-@contextmanager
-def upstream(seed: int, folder: Path) -> Iterator[tuple[int, int]]:
-    """Runs the upstream and yields its pid and port. Its output goes to `upstream.log`."""
-    command = [sys.executable, "-m", "tests.crash.chaos.upstream", str(seed)]
-    with (folder / "upstream.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=clean_environment({}), stdout=subprocess.PIPE, stderr=log
-        )
-    try:
-        assert process.stdout is not None
-        with process.stdout:
-            yield process.pid, int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.wait()
+async def upstream(launcher: Launcher, seed: int, folder: Path) -> tuple[int, int]:
+    """Starts the upstream and returns its pid and port. Its output goes to `upstream.log`."""
+    told = folder / "upstream.port"
+    command = f"from tests.crash.chaos import upstream; upstream.run({seed})"
+    pid = launcher.start(
+        [], folder, clean_environment({}), str(told), str(folder / "upstream.log"), command
+    )
+    port = await wait_until(lambda: told.exists() and told.read_text().strip(), START_S)
+    return pid, int(port)
 
 
-if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1])))
+def run(seed: int) -> NoReturn:
+    uvloop.run(serve(seed))
+    raise SystemExit
