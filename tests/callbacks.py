@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ async def quick_world(folder: Path, upstream: Upstream) -> AsyncIterator[World]:
             yield made
 
 
+@cache
 def json_test_suite() -> dict[str, bytes]:
     """The public JSON test suite, by name. `y_` files are JSON and `n_` files are not. A parser may
     accept or reject `i_` files.

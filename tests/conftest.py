@@ -44,8 +44,9 @@ STARTERS = (
     "tests.processes",
 )
 
+EXAMPLES = int(os.environ.get("DARKROOM_TEST_EXAMPLES", "50"))  # of each property
 hypothesis.settings.register_profile(
-    "darkroom", deadline=None
+    "darkroom", deadline=None, max_examples=EXAMPLES
 )  # a slow machine must not fail a test
 hypothesis.settings.load_profile("darkroom")
 

@@ -25,9 +25,9 @@ LISTENS = "(query ILIKE 'LISTEN%' OR query LIKE 'SELECT pid FROM (%')"
 CONNECTIONS = COMMITTERS + READERS + 1
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_server() -> Iterator[str]:
-    """A server that a test may restart."""
+    """A server that tests may restart."""
     binaries = postgres_binaries()
     if binaries is None:
         missing("PostgreSQL")
@@ -110,9 +110,12 @@ async def test_a_restart_of_the_server_ends_no_process(
         orders = [asyncio.create_task(group.order(web, number)) for number in range(1, 20)]
         answers = []
         stopping = asyncio.create_task(asyncio.to_thread(restart, own_server, mode))
-        while not stopping.done():
+
+        async def restarted() -> bool:
             answers.append(await group.callback(web, task))
-            await asyncio.sleep(0)
+            return stopping.done()
+
+        await wait_until(restarted, PATIENCE_S)
         await stopping
 
         async def taken() -> bool:
