@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from service.net import usual_trust
+from tests.bytecode import compile_share
 from tests.s3 import s3_running, with_bucket
 from tests.servers import (
     missing,
@@ -42,6 +43,7 @@ STARTERS = (
     "tests.disks",
     "tests.launcher",
     "tests.processes",
+    "tests.terminals",
 )
 
 EXAMPLES = int(os.environ.get("DARKROOM_TEST_EXAMPLES", "50"))  # of each property
@@ -117,15 +119,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.option.markexpr == "quick" and collection_path.name in HEAVY else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    compile_share(config)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if isinstance(item, pytest.Function) and is_quick(item):
+    if item.config.option.markexpr and isinstance(item, pytest.Function) and is_quick(item):
         item.add_marker("quick")
 
 
 def is_quick(test: pytest.Function) -> bool:
     """Whether `make quick` runs a test: it needs no server, starts no process and is not slow."""
     parameters = test.callspec.params.values() if hasattr(test, "callspec") else ()
-    names = [*test.fixturenames, *map(str, parameters)]
+    names = [*test.fixturenames, *(value for value in parameters if isinstance(value, str))]
     return (
         test.path.parent.name not in HEAVY
         and not test.get_closest_marker("slow")

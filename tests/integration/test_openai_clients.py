@@ -11,11 +11,10 @@ from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.upstream import Upstream, picture
 from tests.world import TEXT_TO_IMAGE, World, world
 
-openai = importlib.import_module("openai")
-
 
 def opened(here: World) -> Any:
     """A client that asks to wait in every request."""
+    openai = importlib.import_module("openai")  # which takes a second
     key = here.client.headers["authorization"].removeprefix("Bearer ")
     url, headers = f"{here.url}/v1", {"Prefer": "wait=30"}
     return openai.AsyncOpenAI(base_url=url, api_key=key, default_headers=headers)
@@ -91,7 +90,7 @@ async def test_an_upstream_with_openais_own_answer_serves_the_library(tmp_path: 
 
 async def test_the_library_raises_for_a_refusal(client: Any) -> None:
     """The error has the service's code and parameter."""
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(importlib.import_module("openai").BadRequestError) as caught:
         await client.images.generate(model=TEXT_TO_IMAGE, prompt="a", size="9x9")
     assert (caught.value.param, caught.value.type) == ("size", "invalid_request_error")
 

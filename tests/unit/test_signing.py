@@ -3,13 +3,12 @@ library and Svix's library verify.
 """
 
 import base64
+import importlib
 import json
 import time
-from collections.abc import Callable
 
 import pytest
 import standardwebhooks
-import svix.webhooks
 
 from service.errors import ConfigurationError
 from service.signing import Keyring, canonical_json, hash_api_key, new_secret, sign_webhook
@@ -156,14 +155,13 @@ def test_the_published_vector_is_signed_as_published() -> None:
     assert sign_webhook([SECRET], ID, AT, BODY) == SIGNATURE
 
 
-@pytest.mark.parametrize("library", [standardwebhooks.Webhook, svix.webhooks.Webhook])
+@pytest.mark.parametrize("package", ["standardwebhooks", "svix.webhooks"])
 @pytest.mark.parametrize("size", [24, 32, 33, 64])
-def test_the_libraries_accept_our_signatures(
-    library: Callable[[str], standardwebhooks.Webhook], size: int
-) -> None:
+def test_the_libraries_accept_our_signatures(package: str, size: int) -> None:
     """A subscriber with either library verifies deliveries with the old secret and with the new
     one.
     """
+    library = importlib.import_module(package).Webhook
     old, new = new_secret(bytes(range(size))), new_secret(bytes(range(1, size + 1)))
     at = int(time.time())
     body = json.dumps({"prompt": "雪 \N{SNOWMAN}"}, ensure_ascii=False).encode()

@@ -2,16 +2,21 @@
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from tests.environment import ROOT
 
 LINES, FUNCTION_LINES = 300, 50
-SOURCES = {
-    path.relative_to(ROOT): ast.parse(path.read_text())
-    for path in sorted((ROOT / "service").rglob("*.py"))
-    if "versions" not in path.parts  # migrations are written once
-}
+
+
+@cache
+def sources() -> dict[Path, ast.Module]:
+    return {
+        path.relative_to(ROOT): ast.parse(path.read_text())
+        for path in sorted((ROOT / "service").rglob("*.py"))
+        if "versions" not in path.parts  # migrations are written once
+    }
 
 
 def twice(names: list[str]) -> list[str]:
@@ -19,10 +24,10 @@ def twice(names: list[str]) -> list[str]:
 
 
 def test_files_and_functions_are_short() -> None:
-    files = [path for path in SOURCES if len((ROOT / path).read_text().splitlines()) > LINES]
+    files = [path for path in sources() if len((ROOT / path).read_text().splitlines()) > LINES]
     functions = [
         f"{path}: {node.name}"
-        for path, tree in SOURCES.items()
+        for path, tree in sources().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES
@@ -31,10 +36,10 @@ def test_files_and_functions_are_short() -> None:
 
 
 def test_a_module_name_and_a_class_name_occur_once() -> None:
-    modules = [path.stem for path in SOURCES if path.stem != "__init__"]
+    modules = [path.stem for path in sources() if path.stem != "__init__"]
     classes = [
         node.name
-        for tree in SOURCES.values()
+        for tree in sources().values()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     ]
@@ -45,7 +50,7 @@ def test_evolink_is_named_only_by_its_adapter_its_settings_and_the_catalogue() -
     known = {"evolink.py", "settings.py", "catalogue.py"}
     named = {
         path.name
-        for path, tree in SOURCES.items()
+        for path, tree in sources().items()
         if "sandbox" not in str(path)
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value == "evolink"
@@ -55,7 +60,7 @@ def test_evolink_is_named_only_by_its_adapter_its_settings_and_the_catalogue() -
 
 def test_the_page_about_the_architecture_names_every_folder() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
-    folders = {path.parent for path in SOURCES}
+    folders = {path.parent for path in sources()}
     assert all(
         f"`{folder}/`" in text for folder in folders if folder != Path("service/db/migrations")
     )
