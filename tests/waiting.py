@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-PAUSE_S = 0.01
+LEAST_S, MOST_S, SHARE = 0.01, 0.1, 0.1  # a pause is a share of the time waited so far
 
 
 async def wait_until(predicate: Callable[[], Any], timeout: float = 30) -> Any:
@@ -16,12 +16,13 @@ async def wait_until(predicate: Callable[[], Any], timeout: float = 30) -> Any:
     await the event.
     """
     loop = asyncio.get_running_loop()
-    end = loop.time() + timeout
+    start = loop.time()
     while True:
         answer = predicate()
         value = await answer if inspect.isawaitable(answer) else answer
         if value:
             return value
-        if loop.time() > end:
+        waited = loop.time() - start
+        if waited > timeout:
             raise AssertionError(f"still {value!r} after {timeout} s")
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(min(MOST_S, max(LEAST_S, waited * SHARE)))
