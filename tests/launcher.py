@@ -28,19 +28,26 @@ from typing import Any, NoReturn
 from tests.environment import STOP_S, clean_environment
 
 LOG = "service.log"
-# What a service imports, at its start or later. Its forks share the modules.
+# What the commands and the consumers of the tests import, at their start or later. The forks share
+# the modules.
 IMPORTED = (
+    "PIL.PngImagePlugin",
     "alembic.command",
     "asyncpg",
     "encodings.idna",
+    "nats",
     "service.app",
+    "service.cli",
     "service.db.failover",
     "service.db.postgres",
+    "service.doctor.examination",
     "service.ops.logging",
     "service.upstreams.sandbox",
     "service.web.server",
     "sqlalchemy.dialects.postgresql.asyncpg",
+    "standardwebhooks",
     "uvicorn.lifespan.on",
+    "uvicorn.main",
     "uvloop",
 )
 
