@@ -2,7 +2,10 @@
 once, where they enter.
 
     DarkroomError
-    ├── ConfigurationError     a setting, a schema or a lock is wrong: one line, then exit
+    ├── ConfigurationError     the process must not start: one line, then exit
+    │   ├── SettingsError          settings are unknown or wrong
+    │   ├── StoreInUse             another process has the embedded store
+    │   └── SchemaMismatch         the store's schema is older or newer than this program's
     ├── ApiError               an error response to a client: status, code, message, param
     ├── StoreUnavailable       the store did not commit, or not in time: it promised nothing
     ├── BlobUnavailable        the blob store could not write or read: worth a retry
@@ -30,6 +33,20 @@ class DarkroomError(Exception):
 
 class ConfigurationError(DarkroomError):
     """The process must not start. The text is one line that names the setting, file or schema."""
+
+
+class SettingsError(ConfigurationError):
+    """`complaints`: the line about each wrong setting, by its variable."""
+
+    def __init__(self, complaints: Mapping[str, str]) -> None:
+        super().__init__("; ".join(complaints.values()))
+        self.complaints = complaints
+
+
+class StoreInUse(ConfigurationError): ...
+
+
+class SchemaMismatch(ConfigurationError): ...
 
 
 TYPES = {

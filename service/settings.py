@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from service import setting_types as types
-from service.errors import ConfigurationError
+from service.errors import SettingsError
 from service.setting_types import log_value
 from service.variables import ENV_FILE, PREFIX, is_setting, tidy, variables_of
 
@@ -244,7 +244,7 @@ def load_settings(
     """The settings from `.env`, then the environment, then `overrides` by field name. The last
     value of a setting wins.
 
-    ConfigurationError names every unknown or wrong variable and its limit, never a value.
+    SettingsError names every unknown or wrong variable and its limit, never a value.
     """
     values: dict[str, Any] = {}
     for source in (variables_of(env_file), os.environ if environ is None else environ):
@@ -254,25 +254,30 @@ def load_settings(
         if name not in known:
             near = difflib.get_close_matches(name[len(PREFIX) :].lower(), known.values(), 1)
             hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
-            raise ConfigurationError(f"{name} is not a setting{hint}")
+            raise SettingsError({name: f"{name} is not a setting{hint}"})
         if values[name] is None:
-            raise ConfigurationError(f"{name} has no value in {env_file}: write {name}=…")
+            raise SettingsError({name: f"{name} has no value in {env_file}: write {name}=…"})
     tidied = {known[name]: tidy(name, value) for name, value in values.items()}
     fields = {field: value for field, value in tidied.items() if value != ""}
     try:
         return Settings(**fields | overrides)
     except ValidationError as error:
-        complaints = [complaint(each) for each in error.errors(include_input=False)]
-        raise ConfigurationError("; ".join(complaints)) from None
+        complaints = dict[str, str]()
+        for each in error.errors(include_input=False):
+            name, line = complaint(each)
+            complaints[name] = f"{complaints[name]}; {line}" if name in complaints else line
+        raise SettingsError(complaints) from None
 
 
-def complaint(error: ErrorDetails) -> str:
+def complaint(error: ErrorDetails) -> tuple[str, str]:
+    """The variable, and the line about it."""
     field, *index = error["loc"]
+    name = f"{PREFIX}{str(field).upper()}"
     words = error["msg"].removeprefix("Input ")
     if error["type"] == "value_error":
         words = str(error["ctx"]["error"])
     item = f"item {int(index[0]) + 1} " if index else ""
-    return f"{PREFIX}{str(field).upper()}: {item}{words}"
+    return name, f"{name}: {item}{words}"
 
 
 def masked(settings: Settings) -> dict[str, Any]:

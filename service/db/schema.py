@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, inspect, text
 
 from service.db import file_tables, key_tables, operator_tables  # noqa: F401 - they add their tables to the metadata
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -51,21 +51,21 @@ def refuse_foreign(connection: Connection) -> None:
 def migrate(connection: Connection, *, allowed: bool) -> str:
     """Migrates to this program's version and returns it, within the caller's lock and transaction.
 
-    ConfigurationError: the schema is newer, the tables are another program's, or the schema is old
-    and a migration is not `allowed`.
+    SchemaMismatch: the schema is newer, or old and a migration is not `allowed`.
+    ConfigurationError: the tables are another program's.
     """
     known, current = revisions(), revision(connection)
     head = known[-1]
     if current == head:
         return head
     if current is not None and current not in known:
-        raise ConfigurationError(
+        raise SchemaMismatch(
             f"the store's schema {current} is newer than this program's {head}: start a newer"
             " version of darkroom"
         )
     refuse_foreign(connection)
     if not allowed:
-        raise ConfigurationError(
+        raise SchemaMismatch(
             f"the store's schema is {current or 'empty'}, this program needs {head}: run `darkroom"
             " migrate`"
         )

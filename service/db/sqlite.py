@@ -32,7 +32,7 @@ from service.db.file_lock import FileLock
 from service.db.integrity import begin, connecting, damaged, examine
 from service.db.queues import release_all
 from service.db.transaction import Transaction
-from service.errors import ConfigurationError, StoreUnavailable
+from service.errors import ConfigurationError, StoreInUse, StoreUnavailable
 from service.fair_places import FairPlaces
 from service.folders import make_private
 
@@ -204,7 +204,7 @@ async def open_sqlite(
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.acquire():
-        raise ConfigurationError(f"another darkroom process uses {path}: only one may on SQLite")
+        raise StoreInUse(f"another darkroom process uses {path}: only one may on SQLite")
     store = None
     try:
         try:

@@ -36,7 +36,7 @@ async def check_brokers(patient: Patient) -> dict[str, Finding]:
 async def lags(patient: Patient) -> dict[str, Finding]:
     """Brokers that lack events for more than a minute."""
     store, wanted = patient.store, {each.name: each.types for each in patient.settings.sinks}
-    if isinstance(store, str) or not wanted:
+    if isinstance(store, Finding) or not wanted:
         return {}
     now, found = store.clock(), {}
     for name, oldest in (await store.read(sinks_behind, wanted)).items():

@@ -17,14 +17,15 @@ from service.backends import (
 from service.blobs.blob_store import Blobs
 from service.db.batching import BatchingStore
 from service.doctor.mounts import NETWORK, file_system
-from service.errors import ConfigurationError
-from service.net import Egress, Rules
+from service.errors import ConfigurationError, SchemaMismatch, StoreInUse
+from service.net.egress_client import Egress, Rules
 from service.resources import Resources
 from service.settings import Settings
 from service.signing import Keyring
 from service.upstreams.base import Upstream
 from service.upstreams.catalogue import DEFAULT_UPSTREAM
 
+MIGRATE = "run `darkroom migrate`, or start the version that fits"
 State = Literal["ok", "warning", "fault", "skipped"]
 
 
@@ -59,14 +60,14 @@ def told(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """`store`, `blobs` and `keyring` are the problem's text if they cannot be opened. `workers`:
-    whether some process has workers, None if that is unknown.
+    """`store` is a finding if it is not opened. `blobs` and `keyring` are the problem's text.
+    `workers`: whether some process has workers, None if that is unknown.
     """
 
     settings: Settings
     upstream: Upstream
     egress: Egress  # for the probes, with the rules of calls to the upstream
-    store: BatchingStore | str
+    store: BatchingStore | Finding
     blobs: Blobs | str
     keyring: Keyring | str | None
     workers: bool | None = None
@@ -96,6 +97,28 @@ async def living(
         )
 
 
+async def opened_store(settings: Settings, stack: AsyncExitStack) -> BatchingStore | Finding:
+    """The store, or why it is not opened."""
+    path = settings.sqlite_path
+    if path is not None and file_system(path.parent) in NETWORK:
+        return skipped("a store on a network file system is not opened, which may not answer")
+    if path is not None and not path.exists():
+        folder = next(each for each in path.parents if each.exists())
+        if os.access(folder, os.W_OK):
+            return ok("the store is made by the first start")
+        return fault(f"{folder} cannot be written", f"chown it to the user of the service: {path}")
+    try:
+        unchanged = settings.model_copy(update={"migrate": "off"})
+        return await stack.enter_async_context(open_store(unchanged))
+    except StoreInUse:
+        return ok("a process has the store: `darkroom doctor` without --local asks it")
+    except SchemaMismatch as error:
+        return fault(str(error), MIGRATE)
+    except ConfigurationError as error:
+        mend = "start the server, correct DARKROOM_DATABASE_URL, or make the folder writable"
+        return fault(str(error), mend)
+
+
 @asynccontextmanager
 async def local(settings: Settings) -> AsyncIterator[Patient]:
     """A service that is not at work, or whose process cannot be asked. Changes nothing: a missing
@@ -103,16 +126,7 @@ async def local(settings: Settings) -> AsyncIterator[Patient]:
     """
     async with AsyncExitStack() as stack:
         egress = await stack.enter_async_context(probing(settings))
-        store: BatchingStore | str = "the store is made by the first start"
-        path = settings.sqlite_path
-        if path is not None and file_system(path.parent) in NETWORK:
-            store = "a store on a network file system is not opened, which may not answer"
-        elif path is None or path.exists():
-            unchanged = settings.model_copy(update={"migrate": "off"})
-            try:
-                store = await stack.enter_async_context(open_store(unchanged))
-            except ConfigurationError as error:
-                store = str(error)
+        store = await opened_store(settings, stack)
         blobs: Blobs | str
         try:
             blobs = await open_blobs(settings, os.environ, OTHERS_S)

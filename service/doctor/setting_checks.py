@@ -1,20 +1,18 @@
 """Checks of the settings' text and of the process's limits."""
 
 import os
-import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
 
 from service.backends import DELIVERIES, REDELIVERIES
 from service.doctor.patient import Finding, Patient, fault, ok
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, SettingsError
 from service.settings import Settings, load_settings
 
 QUOTES = "\"'"
 # Deliveries and retries at once, as many sockets of clients, and what files and databases need.
 FILES = 2 * (DELIVERIES + REDELIVERIES) + 256
-NAMED = re.compile(r"DARKROOM_[A-Z0-9_]+")
 
 
 def settings_that_work(
@@ -26,27 +24,23 @@ def settings_that_work(
     found: dict[str, Finding] = {}
     left = dict(environ)
     while True:
+        complaints: Mapping[str, str] = {}
         try:
             return load_settings(left, env_file), found or {"settings": ok("all settings are read")}
-        except ConfigurationError as error:
-            wrong: set[str] = set()
-            for complaint in str(error).split("; DARKROOM_"):
-                text = complaint if complaint.startswith("DARKROOM_") else f"DARKROOM_{complaint}"
-                name = NAMED.match(text)
-                key = f"setting {name[0]}" if name else "settings"
-                mend = f"correct {name[0] if name else env_file}: docs/settings.md has its form"
-                found[key] = fault(mended(str(error) if not name else text), mend)
-                wrong |= {each for each in left if name and each.upper() == name[0]}
-            if not wrong:  # it is in the file
-                if env_file is None:
-                    return None, found
-                env_file = None
-            for each in wrong:
-                del left[each]
-
-
-def mended(text: str) -> str:
-    return text.replace("\n", " ")[:300]
+        except SettingsError as error:
+            complaints = error.complaints
+            for name, line in complaints.items():
+                mend = f"correct {name}: docs/settings.md has its form"
+                found[f"setting {name}"] = fault(line.replace("\n", " ")[:300], mend)
+        except ConfigurationError as error:  # the file cannot be read
+            found["settings"] = fault(str(error), f"correct {env_file}")
+        wrong = {name for name in left if name.upper() in complaints}
+        if not wrong:  # it is in the file
+            if env_file is None:
+                return None, found
+            env_file = None
+        for name in wrong:
+            del left[name]
 
 
 async def check_secrets(patient: Patient) -> dict[str, Finding]:

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import os
-from pathlib import Path
 
 from sqlalchemy import Connection, select
 
@@ -12,7 +11,7 @@ from service.db.clock import wall_clock
 from service.db.schema import revision, revisions
 from service.db.tables import deliveries, endpoints
 from service.doctor.mounts import NETWORK, file_system
-from service.doctor.patient import Finding, Patient, fault, ok, skipped, told, warning
+from service.doctor.patient import MIGRATE, Finding, Patient, fault, ok, skipped, told, warning
 from service.errors import BlobUnavailable, EgressError, StoreUnavailable
 from service.ids import blob_name, make_id
 from service.images.downloads import host_refused
@@ -23,9 +22,9 @@ ENDPOINTS = 20  # named in a finding
 
 
 async def check_store(patient: Patient) -> dict[str, Finding]:
-    store, settings = patient.store, patient.settings
-    if isinstance(store, str):
-        return {"store": unopened(store, settings.sqlite_path)}
+    store = patient.store
+    if isinstance(store, Finding):
+        return {"store": store}
     try:
         async with asyncio.timeout(PROBE_S):
             await store.write(store_figures.mark, None)
@@ -38,25 +37,8 @@ async def check_store(patient: Patient) -> dict[str, Finding]:
     head = revisions()[-1]
     if current != head:
         said = f"the store's schema is {current}, and this program needs {head}"
-        return {"store": fault(said, "run `darkroom migrate`, or start the version that fits")}
+        return {"store": fault(said, MIGRATE)}
     return {"store": ok(f"the store commits, and its schema is {head}")}
-
-
-def unopened(problem: str, path: Path | None) -> Finding:
-    """Why the store could not be opened."""
-    if "another darkroom process" in problem:
-        return ok("a process has the store: `darkroom doctor` without --local asks it")
-    if "is made by the first start" in problem and path is not None:
-        folder = next(each for each in path.parents if each.exists())
-        if os.access(folder, os.W_OK):
-            return ok(problem)
-        return fault(f"{folder} cannot be written", f"chown it to the user of the service: {path}")
-    if "network file system" in problem:
-        return skipped(problem)
-    mend = "start the server, correct DARKROOM_DATABASE_URL, or make the folder writable"
-    if "schema" in problem:
-        mend = "run `darkroom migrate`, or start the version that fits"
-    return fault(problem, mend)
 
 
 async def check_disk(patient: Patient) -> dict[str, Finding]:
@@ -140,7 +122,7 @@ async def check_workers(patient: Patient) -> dict[str, Finding]:
 async def check_endpoints(patient: Patient) -> dict[str, Finding]:
     """Endpoints that redirect, by the last response of each, and hosts of results."""
     store = patient.store
-    if isinstance(store, str):
+    if isinstance(store, Finding):
         return {}
     found = {"endpoints": ok("no endpoint redirects")}
     redirecting = await store.read(redirects)

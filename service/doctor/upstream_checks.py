@@ -8,7 +8,7 @@ from service.db.clock import wall_clock
 from service.doctor.patient import Finding, Patient, fault, ok, skipped, warning
 from service.errors import EgressError
 from service.ids import make_id
-from service.net import Response
+from service.net.responses import Response
 from service.strict_json import read_object
 from service.tasks.account_breaker import CREDITS, is_document, remaining_credits
 from service.upstreams.lenient import document_of, section_of
