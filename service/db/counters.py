@@ -1,4 +1,4 @@
-"""Single numbers of the store, by name."""
+"""Single numbers of the store, by name, and the sequences that they give out."""
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -23,3 +23,13 @@ def set_counter(tx: Transaction, name: str, value: int) -> bool:
         named = counters.c.name == name
         tx.connection.execute(update(counters).where(named).values(value=value))
     return True
+
+
+def next_numbers(tx: Transaction, name: str, count: int) -> range:
+    """The next numbers of a sequence. The counter's row stays locked until the commit, so that
+    rows become visible in the order of their numbers, with any number of writers.
+    """
+    raised = update(counters).where(counters.c.name == name)
+    raised = raised.values(value=counters.c.value + count)
+    last: int = tx.connection.execute(raised.returning(counters.c.value)).scalar_one()
+    return range(last - count + 1, last + 1)

@@ -23,7 +23,7 @@ from service.events.outbox import DeliveryToSend
 from service.events.webhooks import WebhookSender
 from service.ops import tracing
 from service.queue import leases
-from service.queue.backoff import wait_before
+from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.queue.limiter import EndpointLimiter
 from service.resources import Resources
@@ -132,13 +132,10 @@ class DeliveryWorker:
         early = result == "dead" and left > 0
         if early:
             result, wait_ms = "retry", max(left, attempt.pause_ms)
-        elif result == "dead":
+        elif result == "dead" and lease.attempts <= len(self.schedule):
             random = self.sender.resources.random()
-            wait = wait_before(
-                self.schedule, lease.attempts, repeat_last=False, random=random, spread=0.2
-            )
-            if wait is not None:
-                result, wait_ms = "retry", max(round(wait * 1000), attempt.pause_ms)
+            wait_s = scheduled_wait(self.schedule, lease.attempts, random)
+            result, wait_ms = "retry", max(round(wait_s * 1000), attempt.pause_ms)
         after_ms = round(self.disable_after_s * 1000)
         return DeliveryOutcome(lease, result, attempt, wait_ms, after_ms, wake, early)
 

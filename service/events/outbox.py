@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import RowMapping, insert, or_, select, update
+from sqlalchemy import RowMapping, insert, or_, select
 
+from service.db.counters import next_numbers
 from service.db.paging import Row
-from service.db.tables import counters, deliveries, endpoints, events, steps, tasks
+from service.db.tables import deliveries, endpoints, events, steps, tasks
 from service.db.transaction import Emitted, Lease, Transaction
 from service.events.documents import type_matches
 from service.ids import sequence_text
@@ -105,14 +106,8 @@ def flush(tx: Transaction) -> None:
         for event, event_row in zip(tx.emitted, event_rows, strict=True)
         for row in _deliveries(tx, event, event_row, subscribers)
     ]
-    last = tx.connection.execute(
-        update(counters)
-        .where(counters.c.name == "events")
-        .values(value=counters.c.value + len(tx.emitted))
-        .returning(counters.c.value)
-    ).scalar_one()
-    first = last - len(tx.emitted) + 1
-    for sequence, (event, event_row) in enumerate(zip(tx.emitted, event_rows, strict=True), first):
+    numbers = next_numbers(tx, "events", len(event_rows))
+    for event, event_row, sequence in zip(tx.emitted, event_rows, numbers, strict=True):
         event.sequence = event_row["sequence"] = sequence
     tx.connection.execute(insert(events), event_rows)
     if rows:

@@ -11,7 +11,7 @@ from service.events.deliveries import DeliveryAttempt
 from service.events.documents import event_document
 from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
-from service.net import Egress
+from service.net.egress_client import Egress
 from service.net.retry_after import retry_after
 from service.ops import tracing
 from service.resources import Resources

@@ -40,7 +40,7 @@ from service.net.retry_after import retry_after
 from service.ops import tracing
 from service.ops.tracing import NO_ORIGIN
 from service.queue import leases
-from service.queue.backoff import wait_before
+from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.rows import ImageRow
@@ -177,11 +177,8 @@ class DownloadWorker:
         self, lease: Lease, row: ImageRow, outcome: Stored | Retry | Lost, seconds: float
     ) -> None:
         if isinstance(outcome, Retry):
-            random = self.resources.random()
-            wait = wait_before(
-                self.schedule, lease.attempts, repeat_last=True, random=random, spread=0.2
-            )
-            outcome = replace(outcome, wait_ms=max(round((wait or 0) * 1000), outcome.wait_ms))
+            wait_s = scheduled_wait(self.schedule, lease.attempts, self.resources.random())
+            outcome = replace(outcome, wait_ms=max(round(wait_s * 1000), outcome.wait_ms))
         download = Download(lease, row.task_id, row.source_url, outcome)
         state = await self.resources.store.write(record_downloads, download)
         checkpoint("download.recorded")

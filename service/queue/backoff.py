@@ -7,17 +7,11 @@ from collections.abc import Sequence
 JITTER = 0.2
 
 
-def wait_before(
-    schedule: Sequence[float], attempt: int, *, repeat_last: bool, random: float, spread: float
-) -> float | None:
-    """The wait before a retry, extended by up to `spread` (0.2 is 20 %). None: the schedule is
-    exhausted.
-    """
+def scheduled_wait(schedule: Sequence[float], attempt: int, random: float) -> float:
+    """The wait before a retry, extended by up to 20 %. The last wait of the schedule repeats."""
     if attempt < 1:
         raise ValueError("retries count from 1")
-    if attempt > len(schedule) and not (repeat_last and schedule):
-        return None
-    return schedule[min(attempt, len(schedule)) - 1] * (1 + spread * random)
+    return schedule[min(attempt, len(schedule)) - 1] * (1 + JITTER * random)
 
 
 def first_query_wait(

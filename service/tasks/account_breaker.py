@@ -11,10 +11,10 @@ from service.credits import millionths
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction, one_by_one
 from service.errors import EgressError, StoreUnavailable
-from service.net import Response
+from service.net.responses import Response
 from service.ops.metrics import Metrics
 from service.queue import leases
-from service.queue.backoff import wait_before
+from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.pause import release_held
@@ -140,10 +140,7 @@ class AccountBreaker:
             self._resources.metrics.worker_faults.labels("account").inc()
 
     def wait_s(self, attempt: int) -> float:
-        random = self._resources.random()
-        wait = wait_before(self._schedule, attempt, repeat_last=True, random=random, spread=0.2)
-        assert wait is not None  # the last wait repeats
-        return wait
+        return scheduled_wait(self._schedule, attempt, self._resources.random())
 
     async def _try(self) -> None:
         self._half_open = False  # while the credits are asked for

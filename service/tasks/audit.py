@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select
 
 from service.db.batching import BatchingStore
+from service.db.counters import next_numbers
 from service.db.operator_tables import audit
 from service.db.paging import Row
-from service.db.tables import counters
 from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
@@ -87,11 +87,7 @@ def append(tx: Transaction, items: Mapping[str, ActEntry]) -> None:
     rows = [asdict(entry) | {"time": tx.now} for id, entry in items.items() if id not in there]
     if not rows:
         return
-    # The counter's row stays locked until the commit, so that readers see entries in their order.
-    raised = update(counters).where(counters.c.name == "audit")
-    raised = raised.values(value=counters.c.value + len(rows))
-    last = tx.connection.execute(raised.returning(counters.c.value)).scalar_one()
-    for sequence, row in enumerate(rows, last - len(rows) + 1):
+    for row, sequence in zip(rows, next_numbers(tx, "audit", len(rows)), strict=True):
         row["sequence"] = sequence
     tx.connection.execute(insert(audit), rows)
 

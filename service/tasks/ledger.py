@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import structlog
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select
 
 from service.credits import credits_number
+from service.db.counters import next_numbers
 from service.db.money_tables import ledger
-from service.db.tables import counters
 from service.db.transaction import Transaction
 from service.events.outbox import log_emitted, origin_of
 from service.ops.metrics import Metrics
@@ -84,11 +84,7 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]])
     ]
     if not rows:
         return
-    # The counter's row stays locked until the commit, so that readers see entries in their order.
-    raised = update(counters).where(counters.c.name == "ledger")
-    raised = raised.values(value=counters.c.value + len(rows))
-    last = tx.connection.execute(raised.returning(counters.c.value)).scalar_one()
-    for sequence, row in enumerate(rows, last - len(rows) + 1):
+    for row, sequence in zip(rows, next_numbers(tx, "ledger", len(rows)), strict=True):
         row["sequence"] = sequence
     tx.connection.execute(insert(ledger), rows)
     tx.posted += rows

@@ -14,7 +14,7 @@ from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.ops import tracing
 from service.queue import leases
-from service.queue.backoff import wait_before
+from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks import task_queries
@@ -208,12 +208,7 @@ class SubmitWorker:
         return 0.0  # after a refusal of the account the breaker holds the task
 
     def _scheduled_s(self, lease: Lease) -> float:
-        random = self.resources.random()
-        wait = wait_before(
-            self.schedule, lease.attempts, repeat_last=True, random=random, spread=0.2
-        )
-        assert wait is not None  # the last wait repeats
-        return wait
+        return scheduled_wait(self.schedule, lease.attempts, self.resources.random())
 
     def _decide_s(self, lease: Lease) -> float:
         """When an uncertain task is decided. Without a callback URL no proof can come any more: it

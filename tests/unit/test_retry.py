@@ -10,46 +10,28 @@ from service.queue.backoff import (
     fault_wait,
     first_query_wait,
     next_query_wait,
-    wait_before,
+    scheduled_wait,
 )
 
 NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
 
 
 def test_each_attempt_has_its_wait_of_the_schedule() -> None:
-    """The first retry waits for the first entry. After the last entry, the schedule is
-    exhausted.
-    """
-    waits = [
-        wait_before([5, 300, 1800], attempt, repeat_last=False, random=0.0, spread=0.2)
-        for attempt in range(1, 6)
-    ]
-    assert waits == [5, 300, 1800, None, None]
-
-
-def test_the_last_wait_repeats_if_requested() -> None:
-    """Submissions repeat the last wait until they are given up."""
-    assert [
-        wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0)
-        for attempt in (2, 3, 1000)
-    ] == [2, 2, 2]
-
-
-@pytest.mark.parametrize("repeat_last", [True, False])
-def test_an_empty_schedule_never_retries(repeat_last: bool) -> None:
-    assert wait_before([], 1, repeat_last=repeat_last, random=0.5, spread=0.2) is None
+    """The first retry waits for the first entry. The last wait repeats."""
+    waits = [scheduled_wait([5, 300, 1800], attempt, 0.0) for attempt in (1, 2, 3, 4, 1000)]
+    assert waits == [5, 300, 1800, 1800, 1800]
 
 
 def test_the_spread_only_lengthens_a_wait() -> None:
-    """Deliveries wait 0 to 20 % longer than the schedule."""
-    assert wait_before([100], 1, repeat_last=False, random=0.5, spread=0.2) == pytest.approx(110)
+    """Retries wait 0 to 20 % longer than the schedule."""
+    assert scheduled_wait([100], 1, 0.5) == pytest.approx(110)
 
 
 @pytest.mark.parametrize("attempt", [0, -1])
 def test_retries_count_from_one(attempt: int) -> None:
     """Attempt 0 would select the last wait without an error."""
     with pytest.raises(ValueError, match="from 1"):
-        wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0)
+        scheduled_wait([1, 2], attempt, 0.0)
 
 
 @pytest.mark.parametrize(
