@@ -151,9 +151,17 @@ async def running(
         work = stages(settings, resources, breaker, validator, pause) if role.workers else []
         pool = worker_pool(resources, work, gate)
         stopping = Stopping(resources.store, pool, settings.stop_s)
-        why_held = breaker, pause
         context = make_context(
-            settings, role, resources, catalogue, validator, why_held, gate, publishers, stopping
+            settings,
+            role,
+            resources,
+            catalogue,
+            validator,
+            breaker,
+            pause,
+            gate,
+            publishers,
+            stopping,
         )
         jobs = process_jobs(settings, context, pool, publishers, role.name)
         metrics.processes.labels(role.name).set(1)
@@ -181,7 +189,8 @@ def make_context(
     resources: Resources,
     catalogue: Catalogue,
     validator: ImageValidator,
-    why_held: tuple[AccountBreaker, PauseWatch],
+    breaker: AccountBreaker,
+    pause: PauseWatch,
     gate: PriorityGate,
     broker_workers: Mapping[str, BrokerWorker],
     stopping: Stopping,
@@ -207,8 +216,8 @@ def make_context(
         files=files,
         tail=Tail(resources.store, resources.links),
         gate=gate,
-        breaker=why_held[0],
-        pause=why_held[1],
+        breaker=breaker,
+        pause=pause,
         access=Access(resources.store, admin_key, sessions if settings.console == "on" else None),
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics, settings.key_waits),

@@ -20,7 +20,7 @@ from service.events.broker_worker import Broker
 from service.events.outbox import flush
 from service.folders import keep_private, make_folder, make_private
 from service.links import MAX_LINK, Links
-from service.net import Egress, Rules
+from service.net.egress_client import Egress, Rules
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id

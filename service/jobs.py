@@ -26,8 +26,8 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
         resources,
         settings.retention_days,
         settings.image_retention_days,
-        resources.store.clock,
         settings.audit_retention_days,
+        resources.store.clock,
     )
     jobs: dict[str, Callable[[], Awaitable[object]]] = {
         "sweep": partial(sweep, resources),

@@ -12,7 +12,7 @@ from service.db.batching import BatchingStore
 from service.errors import ApiError
 from service.ids import PREFIXES, make_id
 from service.links import Links
-from service.net import Egress
+from service.net.egress_client import Egress
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.signing import Keyring

@@ -46,9 +46,7 @@ class QueryPlan:
         wait = first_query_wait(estimated_time, self.with_callback, self.after)
         return round(min(wait, self.ttl_s) * 1000)
 
-    def again(
-        self, attempt: int, *, called_back: bool, retry_after: float | None = None, age_ms: int = 0
-    ) -> int:
+    def again(self, attempt: int, *, called_back: bool, retry_after: float | None = None) -> int:
         """The wait after a query that settled nothing, in milliseconds. It is short after a
         callback of an ended task, and after an operator has asked for an ended task's results.
         """

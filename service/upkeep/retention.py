@@ -54,8 +54,8 @@ class Retention:
     resources: Resources
     days: float
     image_days: float | None
+    audit_days: float
     clock: Callable[[], int]
-    audit_days: float = 365
 
     async def apply(self) -> dict[str, int]:
         """Removes what is old, the oldest first, and returns how many of each kind.

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from service.links import usable
-from service.net import Response
+from service.net.responses import Response
 from service.strict_json import JSON
 
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from service.errors import EgressError, type_of
-from service.net import Egress, Response
+from service.net.egress_client import Egress
+from service.net.responses import Response
 from service.net.retry_after import retry_after
 from service.upstreams.base import (
     OUTCOME_NAMES,

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from secrets import token_hex
 
 from service.errors import EgressError
-from service.net import Egress, Response
+from service.net.egress_client import Egress
+from service.net.responses import Response
 from service.net.retry_after import retry_after
 from service.net.transport import Content
 from service.upstreams.base import UpstreamCall

@@ -10,7 +10,8 @@ from tempfile import SpooledTemporaryFile
 from typing import TypeVar, cast
 
 from service.errors import ConnectionLost, EgressError
-from service.net import Egress, Response, Streamed
+from service.net.egress_client import Egress
+from service.net.responses import Response, Streamed
 from service.strict_json import LARGE
 from service.upstreams.lenient import USUAL_BYTES, readable
 

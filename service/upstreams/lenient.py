@@ -12,7 +12,7 @@ from typing import Any
 from service.content_coding import decoded
 from service.errors import EgressError
 from service.links import MAX_LINK, is_data, stored_form, trimmed
-from service.net import Response
+from service.net.responses import Response
 from service.strict_json import JSON, storable
 from service.upstreams.base import Status
 from service.upstreams.needed_fields import needed_part
@@ -38,7 +38,7 @@ ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
 STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
 WRAPPERS, ENVELOPES = ("data", "task", "result"), 3  # fields with a task, and levels around it
 TELLING = ("id", "task_id", "status", "error")  # a task has one of them
-USUAL = (*TELLING, "error", "progress", "results", "task_info", "usage")
+USUAL = (*TELLING, "progress", "results", "task_info", "usage")
 LINKS = ("url", "image_url")
 LINKED = (*LINKS, "urls", "image", "images", "results", "output")
 

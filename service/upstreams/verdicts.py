@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected
 from service.links import is_data, usable
-from service.net import Response
+from service.net.responses import Response
 from service.upstreams.base import Finished, NotCreated, Report, Status, Uncertain
 from service.upstreams.lenient import document_of, section_of, text_of
 

@@ -15,9 +15,7 @@ FieldType = Literal[
 class CatalogueField(BaseModel):
     """A field and its limits. A submission with an `unsupported` field is refused."""
 
-    type: Literal[
-        "string", "integer", "number", "boolean", "object", "size", "images", "unsupported"
-    ]
+    type: FieldType
     required: bool
     default: str | int | bool | None
     min: int | None

@@ -187,7 +187,7 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
             async def work() -> dict[str, int]:
                 for task_id in (await store.read(largest))[: large // 2]:
                     await erase(resources, task_id, None)
-                return await Retention(resources, 30, None, wall_clock).apply()
+                return await Retention(resources, 30, None, 365, wall_clock).apply()
 
             working = asyncio.create_task(work())
             while not working.done():  # small commits beside it measure the disk

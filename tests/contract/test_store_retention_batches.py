@@ -51,7 +51,7 @@ class Mortal:
         return cast("Resources", SimpleNamespace(store=self, blobs=None))
 
     def job(self, now: int) -> Retention:
-        return Retention(self.resources, 30, None, lambda: now)
+        return Retention(self.resources, 30, None, 365, lambda: now)
 
 
 @pytest.fixture(autouse=True)

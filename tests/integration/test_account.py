@@ -17,7 +17,7 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.net import Response as Answer
+from service.net.responses import Response as Answer
 from service.queue import worker
 from service.tasks.account_breaker import remaining_credits
 from service.upstreams.evolink import EvoLink

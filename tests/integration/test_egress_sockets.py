@@ -20,9 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
-from service.net import Egress, Resolve, Rules, Streamed
+from service.net.egress_client import Egress, Rules
+from service.net.responses import Streamed
 from service.net.service_client import ServiceClient
-from service.net.transport import KEEP_ALIVE_S
+from service.net.transport import KEEP_ALIVE_S, Resolve
 from tests.waiting import wait_until
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))

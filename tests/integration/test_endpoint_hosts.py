@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from service.db.transaction import Emitted, Transaction
 from service.errors import EgressError, EgressRefused
 from service.events.endpoints import NewEndpointRow, insert_endpoints
-from service.net import Egress, Rules
+from service.net.egress_client import Egress, Rules
 from tests.api import SUBMIT, got, order, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until

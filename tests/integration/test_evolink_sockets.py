@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
-from service.net import Egress, Rules
+from service.net.egress_client import Egress, Rules
 from service.upstreams.base import (
     Accepted,
     Found,

@@ -264,7 +264,7 @@ async def test_files_go_when_their_days_are_over(tmp_path: Path) -> None:
         file, resources = await uploaded(here.client), here.context.resources
         for later, left in ((0.99, 1), (1.01, 0)):
             clock = partial(later_than, resources.store.clock, later)
-            retention = Retention(resources, 30, None, clock)
+            retention = Retention(resources, 30, None, 365, clock)
             removed = await retention.apply()
             assert removed["files"] == 1 - left
             assert (here.settings.image_dir / file["id"]).exists() == bool(left)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from service.errors import ConnectionLost, EgressRefused
 from service.events.deliveries import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
-from service.net import Egress, Rules
+from service.net.egress_client import Egress, Rules
 from service.upstreams.base import NoAnswer, NotCreated
 from service.upstreams.evolink import EvoLink
 from tests.api import SUBMIT, got, order, refused

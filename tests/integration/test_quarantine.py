@@ -172,7 +172,7 @@ async def test_retention_removes_the_body_and_keeps_the_picture(
     ahead = replace(resources, clock=lambda: resources.clock() + AGE_MS + 60_000)
     await sweep(ahead)
     assert len(await blobs(here, task)) == 2
-    retention = Retention(resources, DAYS, None, lambda: resources.clock() + DAYS * DAY_MS)
+    retention = Retention(resources, DAYS, None, 365, lambda: resources.clock() + DAYS * DAY_MS)
     await retention.apply()
     assert list((await blobs(here, task)).values()) == [picture()]
     after = await here.task(task["id"])

@@ -45,7 +45,7 @@ async def kept(here: World) -> set[str]:
 def later(here: World, ms: int, days: float = 30, image_days: float | None = None) -> Retention:
     """The retention job, with a clock that is `ms` ahead."""
     resources = here.context.resources
-    return Retention(resources, days, image_days, lambda: resources.store.clock() + ms)
+    return Retention(resources, days, image_days, 365, lambda: resources.store.clock() + ms)
 
 
 async def pages(here: World, after: str | None = None) -> JSON:

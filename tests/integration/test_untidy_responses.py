@@ -14,7 +14,7 @@ import pytest
 
 from service.errors import ConnectionLost
 from service.images import download_worker
-from service.net import Egress, Rules
+from service.net.egress_client import Egress, Rules
 from tests.downloads import bytes_of, quick, steps
 from tests.untidy import (
     CODINGS,

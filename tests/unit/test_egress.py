@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from service.errors import EgressRefused, NotConnected
 from service.links import MAX_LINK
-from service.net import Egress, Rules, forbidden, parse_url
+from service.net.addresses import forbidden
+from service.net.egress_client import Egress, Rules
+from service.net.urls import parse_url
 
 PUBLIC = (
     "1.1.1.1",

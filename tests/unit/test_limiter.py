@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import NoPlace
-from service.net import Response
+from service.net.responses import Response
 from service.queue.limiter import RANK, ConcurrencyLimiter, Kind
 from service.upstreams.base import (
     Accepted,

@@ -13,7 +13,8 @@ import pytest
 
 from service.errors import NotConnected
 from service.fair_places import HOLDER
-from service.net import Egress, Rules, egress_client
+from service.net import egress_client
+from service.net.egress_client import Egress, Rules
 from service.net.transport import LOOKUPS, LOOKUPS_REST
 from tests.waiting import wait_until
 

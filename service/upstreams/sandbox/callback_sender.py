@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from service.errors import EgressError
-from service.net import Egress
+from service.net.egress_client import Egress
 from service.upstreams.sandbox.faults import Waves
 
 

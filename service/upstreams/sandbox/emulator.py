@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.errors import ApiError, EgressRefused, NotConnected
-from service.net import Egress, Rules
+from service.net.egress_client import Egress, Rules
 from service.upstreams.catalogue_images import image_complaint
 from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer, ranged
 from service.upstreams.sandbox.callback_sender import CallbackSender

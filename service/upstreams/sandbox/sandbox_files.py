@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from service.errors import ApiError, ConnectionLost, EgressError
-from service.net import Egress
+from service.net.egress_client import Egress
 from service.strict_json import JSON
 from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded, json_answer
 from service.upstreams.sandbox.checks import invalid

@@ -14,8 +14,8 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service import net
 from service.errors import ApiError
+from service.net.responses import Response as UpstreamResponse
 from service.net.retry_after import retry_after
 from service.strict_json import JSON
 from service.tasks import task_queries
@@ -76,7 +76,7 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
     raise no_answer(answer)
 
 
-async def _get(context: Context, path: str) -> net.Response:
+async def _get(context: Context, path: str) -> UpstreamResponse:
     """The upstream's answer. Raises ApiError 503 if it refuses the service's own key or account,
     which the client would take for its own.
     """
@@ -89,7 +89,7 @@ async def _get(context: Context, path: str) -> net.Response:
     return answer
 
 
-def passed_on(answer: net.Response) -> Response:
+def passed_on(answer: UpstreamResponse) -> Response:
     """Status and body of a JSON response. Raises ApiError 503 for a failure of the upstream or of a
     gateway.
     """
@@ -108,7 +108,7 @@ def read(body: bytes) -> JSON | list[object] | None:
     return document if isinstance(document, dict | list) else None
 
 
-def no_answer(answer: net.Response) -> ApiError:
+def no_answer(answer: UpstreamResponse) -> ApiError:
     """The client can only come again."""
     status, code = 503, "upstream_unavailable"
     message = f"the upstream gave no answer that can be passed on: {answer.status}"
@@ -118,7 +118,7 @@ def no_answer(answer: net.Response) -> ApiError:
     return ApiError(status, code, message, retry_after=wait_of(answer))
 
 
-def wait_of(answer: net.Response) -> int:
+def wait_of(answer: UpstreamResponse) -> int:
     """Whole seconds until the next try."""
     asked = retry_after(answer.headers.get("retry-after"), time.time())
     return RETRY_AFTER_S.get(answer.status, 5) if asked is None else max(1, math.ceil(asked))

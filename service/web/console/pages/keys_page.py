@@ -7,14 +7,9 @@ from service.web.auth import SCOPES
 from service.web.console.visits import View, Visit
 
 PERIODS = ("day", "month", "total")
-CREATED = "Copy this key now. It is not shown again."
 
 
-async def keys(visit: Visit) -> Response:
-    return await shown(visit)
-
-
-async def shown(visit: Visit, made: object = None, error: ApiError | None = None) -> Response:
+async def keys(visit: Visit, made: object = None, error: ApiError | None = None) -> Response:
     """The list and the form. `made` is a new key with its secrets, which this page alone shows."""
     found = await visit.call("GET /v1/keys", {**visit.query, "limit": 50})
     return visit.render(
@@ -46,8 +41,8 @@ async def create(visit: Visit) -> Response:
     try:
         made = await visit.call("POST /v1/keys", body=body)
     except ApiError as error:
-        return await shown(visit, error=error)
-    return await shown(visit, made)
+        return await keys(visit, error=error)
+    return await keys(visit, made)
 
 
 async def confirm_revoke(visit: Visit) -> Response:
