@@ -1,6 +1,8 @@
 """The environment of processes that tests start."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,3 +18,16 @@ def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
         if not name.upper().startswith("DARKROOM_")
     }
     return {**inherited, "PYTHONPATH": str(ROOT), **given}
+
+
+def run_module(module: str, *arguments: str, limit_s: float) -> "subprocess.CompletedProcess[str]":
+    """Runs a module of the tests as a program of its own until it ends."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )

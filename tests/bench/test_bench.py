@@ -1,8 +1,6 @@
 """The benchmarks run and print their tables. The tests do not judge the figures."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,22 +10,13 @@ from tests.bench.__main__ import written
 from tests.bench.acknowledgement import spread
 from tests.bench.dead_endpoint import turns
 from tests.bench.delivery import covered
-from tests.environment import ROOT, clean_environment
+from tests.environment import run_module
 
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
     """`make bench` succeeds, prints a line on the machine, fills every row and leaves no files."""
-    command = [sys.executable, "-m", "tests.bench", "--quick", "--folder", str(tmp_path)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_module("tests.bench", "--quick", "--folder", str(tmp_path), limit_s=150)
     assert done.returncode == 0, done.stderr
     assert re.match(
         r"`make bench` on \d+ cores, Python 3\.\d+\.\d+, Linux \S+, SQLite \S+, fdatasync \d+\.\d"
@@ -51,23 +40,8 @@ def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)
 def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
     """The table has both rows and their difference."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bench.dead_endpoint",
-        "--quick",
-        "--folder",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    arguments = ("--quick", "--folder", str(tmp_path))
+    done = run_module("tests.bench.dead_endpoint", *arguments, limit_s=150)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 2
     assert re.search(r"^p99 with the dead one: [+-]\d+ %\.$", done.stdout, re.MULTILINE)
@@ -77,15 +51,7 @@ def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
 def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
     """The table has a row for each kind of transaction."""
     arguments = ("--ordinary", "100", "--large", "2", "--folder", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.retention", *arguments],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_module("tests.bench.retention", *arguments, limit_s=150)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| forget_events \| \d+ \|( \d+\.\d ms \|){3}$", done.stdout, re.MULTILINE)
 
@@ -93,15 +59,7 @@ def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)
 def test_the_benchmark_of_memory_runs() -> None:
     """It prints the memory at first and after each tenth of the callbacks."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.memory", "--callbacks", "500"],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_module("tests.bench.memory", "--callbacks", "500", limit_s=150)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+(, \d+){10}", done.stdout.splitlines()[-1])
 

@@ -1,8 +1,6 @@
 """A short chaos run, and tests of the verdict on faulty runs."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -13,7 +11,7 @@ import pytest
 from service.upstreams.sandbox.faults import read_faults
 from tests.crash.chaos.verdict import Seen, judge
 from tests.crash.chaos.weather import TROUBLES, Scale, acts, faults
-from tests.environment import ROOT, clean_environment
+from tests.environment import run_module
 from tests.servers import missing, postgres_binaries
 
 SHORT = ("--tasks", "50", "--kills", "8", "--restarts", "1", "--seconds", "10", "--patience", "240")
@@ -27,15 +25,8 @@ def test_a_short_chaos_run_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """
     if postgres_binaries() is None:
         missing("PostgreSQL's binaries", "PATH")
-    command = [sys.executable, "-m", "tests.crash.chaos", *SHORT]
-    done = subprocess.run(
-        [*command, "--seed", "7", "--folder", str(tmp_path)],
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    done = run_module(
+        "tests.crash.chaos", *SHORT, "--seed", "7", "--folder", str(tmp_path), limit_s=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.findall(r"^\| \**([^|*]+?)\** \| ([^|]+) \| ([^|]+) \|$", done.stdout, re.MULTILINE)

@@ -10,7 +10,9 @@ import pytest
 from service.app import Role
 from service.events import replays
 from service.queue import worker
+from tests.partial import Said, said
 from tests.servers import postgres_database
+from tests.upstream import Upstream, picture
 from tests.world import Subscriber, World, subscriber, world
 
 
@@ -37,9 +39,29 @@ async def here(
     tmp_path_factory: pytest.TempPathFactory,
     store_settings: dict[str, Any],
 ) -> AsyncIterator[World]:
-    """A world in which everything goes its way, with the `SETTINGS` of the module."""
+    """A world in which everything goes its way, with the `SETTINGS` of the module. A module with
+    `WORLD` has that one, around its `upstream`.
+    """
     settings: dict[str, Any] = getattr(request.module, "SETTINGS", {})
-    async with world(tmp_path_factory.mktemp("here"), **settings, **store_settings) as made:
+    folder, special = tmp_path_factory.mktemp("here"), getattr(request.module, "WORLD", None)
+    if special is None:
+        made = world(folder, **settings, **store_settings)
+    else:
+        made = special(folder, request.getfixturevalue("upstream"))
+    async with made as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Upstream:
+    """An upstream whose answers the tests write."""
+    return Upstream()
+
+
+@pytest.fixture(scope="module")
+async def server() -> AsyncIterator[Said]:
+    """An upstream whose answers the tests write as bytes."""
+    async with said(picture()) as made:
         yield made
 
 

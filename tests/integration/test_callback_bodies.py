@@ -4,7 +4,6 @@ answer.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import closing
 from typing import Any
 
@@ -28,20 +27,9 @@ from tests.upstream import Upstream, document, failed
 from tests.waiting import wait_until
 from tests.world import World
 
+WORLD = quick_world
+
 JSON = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
-        yield made
 
 
 async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: Upstream) -> None:

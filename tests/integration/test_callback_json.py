@@ -5,7 +5,6 @@ token always gets an answer.
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -16,22 +15,11 @@ from tests.callbacks import heard, json_test_suite, quick_world, said, verdict
 from tests.upstream import Upstream, failed
 from tests.world import World
 
+WORLD = quick_world
+
 pytestmark = pytest.mark.slow
 
 JSON = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
-        yield made
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ callback, raises each event once, and settles each task once.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,12 @@ from tests.callbacks import asked, heard, quick_world, said, types, verdict
 from tests.upstream import After, Upstream, document, error, failed
 from tests.world import World, world
 
+WORLD = quick_world
+
 pytestmark = pytest.mark.slow
 
 JSON = dict[str, Any]
 NOWHERE = ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/b.png")
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with quick_world(tmp_path_factory.mktemp("order"), upstream) as made:
-        yield made
 
 
 @dataclass

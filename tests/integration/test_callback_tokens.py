@@ -24,18 +24,7 @@ from tests.logs import logged
 from tests.upstream import Upstream, document, failed, picture
 from tests.world import World, world
 
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
-        yield made
+WORLD = quick_world
 
 
 async def test_a_wrong_token_is_refused_without_touching_the_store(

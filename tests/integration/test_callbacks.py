@@ -4,7 +4,7 @@ import asyncio
 import json
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -19,18 +19,7 @@ from tests.upstream import After, Upstream, document, failed
 from tests.waiting import wait_until
 from tests.world import World
 
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
-        yield made
+WORLD = quick_world
 
 
 # --- the table, row by row

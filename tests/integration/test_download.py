@@ -4,7 +4,7 @@ store loses nothing.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,7 @@ from tests.upstream import After, Upstream, document, failed, picture
 from tests.waiting import wait_until
 from tests.world import World
 
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with downloading(tmp_path_factory.mktemp("download"), upstream) as made:
-        yield made
+WORLD = downloading
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import io
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,9 @@ from tests.upstream import After, Upstream, document, error, page, picture
 from tests.waiting import wait_until
 from tests.world import World
 
+WORLD = downloading
+
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
-async def here(
-    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    async with downloading(tmp_path_factory.mktemp("rules"), upstream) as made:
-        yield made
 
 
 def animation(frames: int) -> bytes:

@@ -20,7 +20,7 @@ from service.tasks import settlements
 from service.upstreams.catalogue import load_catalogue
 from tests.callbacks import raw
 from tests.downloads import bytes_of, noise, quick
-from tests.partial import UNUSABLE, Said, said
+from tests.partial import UNUSABLE, Said
 from tests.untidy import LENGTH, PLAIN, Shape, response
 from tests.upstream import picture
 from tests.waiting import wait_until
@@ -31,12 +31,6 @@ MAX_BYTES = 2_000_000
 PENDING = b'{"id": "$ID", "status": "pending"}'
 COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
 NAMES = (f"order-{number}" for number in count())
-
-
-@pytest.fixture(scope="module")
-async def server() -> AsyncIterator[Said]:
-    async with said(picture()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from service.tasks import admin
 from tests.callbacks import raw
 from tests.downloads import bytes_of, quick
-from tests.partial import Said, said
+from tests.partial import Said
 from tests.untidy import LENGTH, PLAIN, Shape, Write, cut, response
 from tests.upstream import picture
 from tests.waiting import wait_until
@@ -19,12 +19,6 @@ from tests.world import ADMIN_KEY, World, world
 JSON = dict[str, Any]
 COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
 NAMES = (f"order-{number}" for number in count())
-
-
-@pytest.fixture(scope="module")
-async def server() -> AsyncIterator[Said]:
-    async with said(picture()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -168,11 +168,6 @@ async def test_a_network_that_is_not_listed_waits_for_the_corrected_setting(
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
 async def here(
     upstream: Upstream, names: Names, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:

@@ -41,11 +41,6 @@ async def stands(here: World, before: JSON) -> JSON:
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
 async def here(
     upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:

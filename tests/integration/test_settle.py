@@ -49,11 +49,6 @@ async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
 async def told(
     upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:

@@ -49,11 +49,6 @@ def quick() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture(scope="module")
 async def here(
     upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:

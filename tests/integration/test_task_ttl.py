@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.downloads import bytes_of, quick
-from tests.partial import Said, said
+from tests.partial import Said
 from tests.untidy import Shape, response
 from tests.upstream import picture
 from tests.waiting import wait_until
@@ -33,12 +33,6 @@ NEVER = [
     b'{"id": "$ID", "status": "done", "status": "failed"}',
     b'{"id": "$ID", "status": "processing", "results": ["$LINK"]}',
 ]
-
-
-@pytest.fixture(scope="module")
-async def server() -> AsyncIterator[Said]:
-    async with said(picture()) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from service.ids import EXTENSIONS
 from service.images.validator_child import MEDIA_TYPES
-from tests.environment import ROOT, clean_environment
+from tests.environment import ROOT, run_module
 from tests.image_costs import BROKEN
 from tests.pictures import bombs, samples
 
@@ -24,16 +22,7 @@ def checked(what: str) -> dict[str, Any]:
     """The report of `tests.image_costs`. Every image kept its limits of memory and time, and has a
     type that is safe to serve.
     """
-    command = [sys.executable, "-m", "tests.image_costs", what, str(MAX_PIXELS)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=clean_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    done = run_module("tests.image_costs", what, str(MAX_PIXELS), limit_s=110)
     assert done.returncode == 0, done.stderr[-2000:]
     report: dict[str, Any] = json.loads(done.stdout)
     assert {name: peak for name, peak in report["peaks"].items() if peak > PIXEL * MAX_PIXELS} == {}
