@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 from PIL import Image
 
-from service.net import usual_trust
+from service.net.service_client import usual_trust
 from tests.bytecode import compile_share
 from tests.s3 import s3_running, with_bucket
 from tests.servers import (

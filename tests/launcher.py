@@ -272,7 +272,7 @@ def run(
 
 
 def launch() -> None:
-    from service.net import usual_trust
+    from service.net.service_client import usual_trust
     from service.upstreams.catalogue import builtin_models
 
     for name in IMPORTED:
