@@ -143,7 +143,7 @@ async def running(
     opened_validator = open_validator(settings.decode_concurrency, *limits)
     async with open_resources(settings, metrics) as resources, opened_validator as validator:
         sinks = open_sinks(settings) if role.workers else []
-        publishers = {sink.name: BrokerWorker(resources, sink) for sink in sinks}
+        brokers = {sink.name: BrokerWorker(resources, sink) for sink in sinks}
         upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
         resources.store.give_way = gate.give_way
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
@@ -152,18 +152,9 @@ async def running(
         pool = worker_pool(resources, work, gate)
         stopping = Stopping(resources.store, pool, settings.stop_s)
         context = make_context(
-            settings,
-            role,
-            resources,
-            catalogue,
-            validator,
-            breaker,
-            pause,
-            gate,
-            publishers,
-            stopping,
+            settings, role, resources, catalogue, validator, breaker, pause, gate, brokers, stopping
         )
-        jobs = process_jobs(settings, context, pool, publishers, role.name)
+        jobs = process_jobs(settings, context, pool, brokers, role.name)
         metrics.processes.labels(role.name).set(1)
         tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
         log.info(
