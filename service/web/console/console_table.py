@@ -167,7 +167,7 @@ async def error_page(request: Request, error: Exception) -> Response:
     caller = getattr(request.state, "caller", VISITOR)
     session = sessions_of(request).read(request) or Session("-")
     visit = Visit(request, session, caller, navigation(caller) if caller is not VISITOR else ())
-    response = visit.render("error.html", answer.status_code, error=document)
+    response = visit.render("error.html", answer.status_code, problem=document)
     if "retry-after" in answer.headers:
         response.headers["retry-after"] = answer.headers["retry-after"]
     return response

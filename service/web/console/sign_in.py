@@ -70,9 +70,8 @@ def sign_in_page(
         session, cookie = sessions.start()
     elsewhere = fresh and request.headers.get("sec-fetch-site") == "cross-site"
     visit = Visit(request, session, VISITOR)
-    status = error.status if error else 200 if fresh else 401
-    values = {"target": target, "error": error, "elsewhere": elsewhere}
-    response = visit.render("sign_in.html", status, **values)
+    status = None if error or fresh else 401
+    response = visit.render("sign_in.html", status, error=error, target=target, elsewhere=elsewhere)
     if cookie and not elsewhere:
         response.headers.append("set-cookie", cookie)
     if error and error.retry_after:

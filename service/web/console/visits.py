@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from service.errors import ApiError
 from service.web.auth import Caller
 from service.web.console.api_calls import Query, api_document, api_response
 from service.web.console.form_bodies import FormFields
@@ -74,6 +75,13 @@ class Visit:
         response = await self.answer(operation, query, body, headers, **path)
         return await api_document(self.request, response)
 
+    async def list_of(self, operation: str, query: Query) -> tuple[Any, ApiError | None]:
+        """The document of a list, or an empty one with the error that refused the filter."""
+        try:
+            return await self.call(operation, query), None
+        except ApiError as error:
+            return {"data": [], "next_cursor": None}, error
+
     async def keep(self, form: FormFields, name: str | None, content: AsyncIterator[bytes]) -> str:
         """Stores an input image of a form within the limits of the form's model, and returns its
         id. Raises ApiError.
@@ -85,8 +93,18 @@ class Visit:
         owner = self.caller.owner
         return (await files.keep(owner, lambda: name, content, rule, param="image_urls")).id
 
-    def render(self, template: str, status: int = 200, **values: Any) -> Response:
-        """The page. A script that asks for a fragment gets it without the frame around it."""
+    def render(
+        self,
+        template: str,
+        status: int | None = None,
+        *,
+        error: ApiError | None = None,
+        **values: Any,
+    ) -> Response:
+        """The page, by default with the status of its error. A script that asks for a fragment gets
+        it without the frame around it.
+        """
+        status = status or (error.status if error else 200)
         links = self.context.resources.links
         sessions = self.context.access.sessions
         flash = sessions.flash(self.request) if sessions and not self.fragment else None
@@ -98,6 +116,7 @@ class Visit:
             "query": self.query,
             "now": datetime.now(UTC),
             "flash": flash,
+            "error": error,
             "image_src": lambda image: image_src(image, links.image_base_url),
         }
         html = environment().get_template(template).render({**shown, **values})

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from service.errors import ApiError
 from service.strict_json import JSON
 from service.web.console.pages.task_page import cut, optional
-from service.web.console.pages.tasks_page import utc
+from service.web.console.pages.tasks_page import PERIOD, chosen
 from service.web.console.templating import link
 from service.web.console.visits import View, Visit
 
@@ -22,15 +22,13 @@ FIELDS: tuple[dict[str, Any], ...] = (
     {"name": "state", "label": "State", "options": ("pending", "delivered", "dead")},
     {"name": "error", "label": "Cause", "placeholder": "answered 503"},
     {"name": "status", "label": "HTTP status", "placeholder": "503"},
-    {"name": "since", "label": "Since (UTC)", "type": "datetime-local"},
-    {"name": "until", "label": "Until (UTC)", "type": "datetime-local"},
+    *PERIOD,
 )
 
 
 def choice_of(values: dict[str, str]) -> JSON:
     """The filter of a replay, from a query or a form. Raises ApiError 400 from the API."""
-    given: JSON = {name: values[name] for name in CHOICE if values.get(name)}
-    given |= {name: utc(given[name]) for name in ("since", "until") if name in given}
+    given = chosen(CHOICE, values)
     if given.get("status", "").isdigit():
         given["status"] = int(given["status"])
     return given
@@ -58,7 +56,7 @@ async def deliveries(visit: Visit) -> Response:
         if part in (None, "again") and not asked["task"] and not asked["event"]:
             count = await count_of(visit, choice)
     except ApiError as refused:
-        error = str(refused)
+        error = refused
     return visit.render(
         "deliveries.html",
         groups=(await optional(visit, "GET /v1/deliveries/groups"))[:20]

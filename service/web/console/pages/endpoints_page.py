@@ -4,7 +4,7 @@ import json
 
 from starlette.responses import Response
 
-from service.errors import ApiError
+from service.errors import ApiError, invalid_request
 from service.strict_json import JSON
 from service.web.console.visits import View, Visit
 from service.web.event_schemas import EVENT_TYPES, TEST_TYPE
@@ -76,8 +76,7 @@ def acts(endpoint: JSON) -> list[tuple[str, str]]:
 async def new(visit: Visit, error: ApiError | None = None) -> Response:
     given = {name: visit.form.get(name) for name in FIELDS}
     given["types"] = given["types"] or ALL_TASKS
-    status = error.status if error else 200
-    return visit.render("endpoint_new.html", status, given=given, error=error)
+    return visit.render("endpoint_new.html", given=given, error=error)
 
 
 def body_of(visit: Visit) -> JSON:
@@ -99,8 +98,7 @@ async def edit(visit: Visit, error: ApiError | None = None) -> Response:
     given = {**found, "types": " ".join(found["types"])}
     if error:
         given |= {name: visit.form.get(name) for name in FIELDS}
-    status = error.status if error else 200
-    return visit.render("endpoint_edit.html", status, given=given, error=error, endpoint=found)
+    return visit.render("endpoint_edit.html", given=given, error=error, endpoint=found)
 
 
 async def change(visit: Visit) -> Response:
@@ -145,12 +143,20 @@ async def replay_missed(visit: Visit) -> Response:
     return visit.redirect(f"/console/deliveries/replays/{made['id']}", text)
 
 
-async def sample(visit: Visit, error: str | None = None, attempt: JSON | None = None) -> Response:
+async def sample(
+    visit: Visit, error: ApiError | None = None, attempt: JSON | None = None
+) -> Response:
     found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
     data = visit.form.get("data") or json.dumps(SAMPLE, indent=2)
-    values = {"endpoint": found, "data": data, "error": error, "attempt": attempt}
-    values |= {"types": (TEST_TYPE, *EVENT_TYPES), "type": visit.form.get("type") or TEST_TYPE}
-    return visit.render("endpoint_test.html", 400 if error else 200, **values)
+    return visit.render(
+        "endpoint_test.html",
+        error=error,
+        endpoint=found,
+        data=data,
+        attempt=attempt,
+        types=(TEST_TYPE, *EVENT_TYPES),
+        type=visit.form.get("type") or TEST_TYPE,
+    )
 
 
 async def send_sample(visit: Visit) -> Response:
@@ -159,9 +165,9 @@ async def send_sample(visit: Visit) -> Response:
         id = visit.path("endpoint_id")
         attempt = await visit.call(f"POST {API}/test", body=body, endpoint_id=id)
     except (ValueError, RecursionError) as error:
-        return await sample(visit, f"The sample is no JSON: {error}")
+        return await sample(visit, invalid_request(f"The sample is no JSON: {error}"))
     except ApiError as error:
-        return await sample(visit, str(error))
+        return await sample(visit, error)
     return await sample(visit, attempt=attempt)
 
 

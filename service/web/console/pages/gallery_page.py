@@ -45,7 +45,6 @@ async def gallery(visit: Visit) -> Response:
     tasks = [task for task in found["data"] if task["images"]]
     return visit.render(
         "gallery.html",
-        400 if error else 200,
         error=error,
         days=[(day, list(each)) for day, each in groupby(tasks, day_of)],
         cursor=found["next_cursor"],

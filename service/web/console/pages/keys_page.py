@@ -14,7 +14,6 @@ async def keys(visit: Visit, made: object = None, error: ApiError | None = None)
     found = await visit.call("GET /v1/keys", {**visit.query, "limit": 50})
     return visit.render(
         "keys.html",
-        400 if error else 200,
         keys=found["data"],
         cursor=found["next_cursor"],
         made=made,

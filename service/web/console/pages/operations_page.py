@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from service.errors import ApiError
 from service.strict_json import JSON
-from service.web.console.pages.tasks_page import STATES, utc
+from service.web.console.pages.tasks_page import PERIOD, STATES, chosen
 from service.web.console.visits import View, Visit
 
 HOME = "/console/operations"
@@ -34,8 +34,7 @@ FIELDS: tuple[dict[str, Any], ...] = (
     {"name": "state", "label": "State", "options": STATES},
     {"name": "model", "label": "Model"},
     {"name": "error", "label": "Error code"},
-    {"name": "since", "label": "Since (UTC)", "type": "datetime-local"},
-    {"name": "until", "label": "Until (UTC)", "type": "datetime-local"},
+    *PERIOD,
 )
 AUDIT_FIELDS: tuple[dict[str, Any], ...] = (
     {"name": "owner", "label": "Owner"},
@@ -51,8 +50,7 @@ async def operations(visit: Visit) -> Response:
 
 async def ask_pause(visit: Visit, error: ApiError | None = None) -> Response:
     state = await visit.call("GET /v1/submission")
-    status = error.status if error else 200
-    return visit.render("pause.html", status, state=state, error=error, form=visit.form)
+    return visit.render("pause.html", state=state, error=error, form=visit.form)
 
 
 async def change_pause(visit: Visit) -> Response:
@@ -65,16 +63,10 @@ async def change_pause(visit: Visit) -> Response:
     return visit.redirect(HOME, "Submission is paused." if paused else "Submission goes on.")
 
 
-def choice_in(values: dict[str, str]) -> JSON:
-    """The filter of an act, from a query or a form."""
-    given: JSON = {name: values[name] for name in CHOICE if values.get(name)}
-    return given | {name: utc(given[name]) for name in ("since", "until") if name in given}
-
-
 async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
     """The number of tasks that match the filter, and the question."""
     act = act_of(visit)
-    choice, count = choice_in(visit.query or dict(visit.form.pairs)), None
+    choice, count = chosen(CHOICE, visit.query or dict(visit.form.pairs)), None
     body: JSON = {"filter": choice, "dry_run": True}
     try:
         if error is None:
@@ -83,7 +75,6 @@ async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
         error = refused
     return visit.render(
         "bulk_act.html",
-        error.status if error else 200,
         act=act,
         title=BULK[act][0],
         about=BULK[act][1],
@@ -96,7 +87,7 @@ async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
 
 async def act_in_bulk(visit: Visit) -> Response:
     act, form = act_of(visit), visit.form
-    body: JSON = {"filter": choice_in(dict(form.pairs)), "reason": form.get("reason") or None}
+    body: JSON = {"filter": chosen(CHOICE, dict(form.pairs)), "reason": form.get("reason") or None}
     try:
         result = await send(visit, act, body | decision(act, form.get("as")))
     except ApiError as error:
@@ -121,16 +112,10 @@ async def send(visit: Visit, act: str, body: JSON) -> Any:
 
 async def audit(visit: Visit) -> Response:
     names = ("owner", "action", "target", "after")
-    found: JSON = {"data": [], "next_cursor": None}
-    error = None
-    try:
-        asked = {name: visit.query.get(name) for name in names}
-        found = await visit.call("GET /v1/audit", {**asked, "limit": 100})
-    except ApiError as refused:
-        error = str(refused)
+    asked = {name: visit.query.get(name) for name in names}
+    found, error = await visit.list_of("GET /v1/audit", {**asked, "limit": 100})
     return visit.render(
         "audit.html",
-        400 if error else 200,
         acts=found["data"],
         after=found["next_cursor"],
         fields=AUDIT_FIELDS,

@@ -30,11 +30,10 @@ async def spending(visit: Visit) -> Response:
     except ApiError as error:
         if error.param not in asked:
             raise
-        return visit.render("spending.html", 400, error=error, asked=asked)
+        return visit.render("spending.html", error=error, asked=asked)
     owner = {"owner": asked["owner"], "limit": 50}
     return visit.render(
         "spending.html",
-        error=None,
         asked=asked,
         days=every_day(days["data"], asked["from"], asked["to"] or f"{today}"),
         totals=days["totals"],

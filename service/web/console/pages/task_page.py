@@ -127,8 +127,7 @@ async def ask(visit: Visit, error: ApiError | None = None) -> Response:
     if name not in ACTS:
         raise ApiError(404, "not_found", "There is no such page.")
     found = await visit.call("GET /v1/tasks/{task_id}", task_id=id)
-    values = {"task": found, "name": name, "act": ACTS[name], "error": error}
-    return visit.render("task_act.html", error.status if error else 200, **values)
+    return visit.render("task_act.html", error=error, task=found, name=name, act=ACTS[name])
 
 
 async def act(visit: Visit) -> Response:

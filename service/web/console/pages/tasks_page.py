@@ -1,16 +1,20 @@
 """The list of tasks. Every filter is in the URL."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.responses import Response
 
-from service.errors import ApiError
 from service.tasks.state import State
 from service.web.console.visits import View, Visit
 
 PAGE = 50
-NAMES = ("state", "model", "owner", "error", "prompt", "cursor")
+NAMES = ("state", "model", "owner", "error", "prompt", "cursor", "since", "until")
 STATES = tuple(state.value for state in State)
+PERIOD = (
+    {"name": "since", "label": "Since (UTC)", "type": "datetime-local"},
+    {"name": "until", "label": "Until (UTC)", "type": "datetime-local"},
+)
 
 
 def filter_fields(*, admin: bool) -> list[dict[str, Any]]:
@@ -23,8 +27,7 @@ def filter_fields(*, admin: bool) -> list[dict[str, Any]]:
         {"name": "error", "label": "Error code"},
         {"name": "key", "label": "Metadata name"},
         {"name": "value", "label": "Metadata value"},
-        {"name": "since", "label": "Since (UTC)", "type": "datetime-local"},
-        {"name": "until", "label": "Until (UTC)", "type": "datetime-local"},
+        *PERIOD,
     ]
 
 
@@ -35,20 +38,21 @@ def utc(text: str | None) -> str | None:
     return f"{text}:00Z" if len(text) == len("2026-01-01T00:00") else f"{text}Z"
 
 
+def chosen(names: Iterable[str], values: Mapping[str, str]) -> dict[str, Any]:
+    """What a query or a form gives of a filter."""
+    given: dict[str, Any] = {name: values[name] for name in names if values.get(name)}
+    return given | {name: utc(given[name]) for name in ("since", "until") if name in given}
+
+
 async def tasks(visit: Visit) -> Response:
     query = visit.query
-    wanted = {name: query.get(name) for name in NAMES}
-    wanted |= {name: utc(query.get(name)) for name in ("since", "until")}
+    wanted = chosen(NAMES, query)
     if query.get("key"):
         wanted[f"metadata.{query['key']}"] = query.get("value", "")
-    admin, error = "admin" in visit.caller.scopes, None
-    try:
-        found = await visit.call("GET /v1/tasks", {**wanted, "limit": PAGE})
-    except ApiError as refused:
-        error, found = str(refused), {"data": [], "next_cursor": None}
+    admin = "admin" in visit.caller.scopes
+    found, error = await visit.list_of("GET /v1/tasks", {**wanted, "limit": PAGE})
     return visit.render(
         "tasks.html",
-        400 if error else 200,
         tasks=found["data"],
         cursor=found["next_cursor"],
         fields=filter_fields(admin=admin),
