@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, and_, or_
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, or_
 
 Row = RowMapping | Mapping[str, Any]
 After = tuple[int, str] | None  # time and id of the last row of the page before
@@ -29,20 +29,30 @@ class Selection:
     until: int | None = None
 
 
-def matching(statement: Select[Any], table: Any, **values: str | None) -> Select[Any]:
-    """Narrows a select to rows with these column values. None: any value."""
-    conditions = [table.c[name] == value for name, value in values.items() if value is not None]
-    return statement.where(*conditions)
+def conditions(
+    table: Any, since: int | None = None, until: int | None = None, **values: object
+) -> list[ColumnElement[bool]]:
+    """Of rows with these column values, created at or after `since` and before `until`. None: any
+    value, at any time.
+    """
+    found = [table.c[name] == value for name, value in values.items() if value is not None]
+    if since is not None:
+        found.append(table.c.created_at >= since)
+    if until is not None:
+        found.append(table.c.created_at < until)
+    return found
+
+
+def matching(statement: Select[Any], table: Any, **values: Any) -> Select[Any]:
+    """Narrows a select by these `conditions`."""
+    return statement.where(*conditions(table, **values))
 
 
 def page(statement: Select[Any], table: Any, wanted: Selection) -> Select[Any]:
     """Newest first. A page costs the same at any depth of the list."""
     created, key = table.c.created_at, table.c.id
-    statement = matching(statement, table, owner=wanted.owner)
-    if wanted.since is not None:
-        statement = statement.where(created >= wanted.since)
-    if wanted.until is not None:
-        statement = statement.where(created < wanted.until)
+    owner, since, until = wanted.owner, wanted.since, wanted.until
+    statement = matching(statement, table, owner=owner, since=since, until=until)
     if wanted.after is not None:
         time, id = wanted.after
         statement = statement.where(or_(created < time, and_(created == time, key < id)))

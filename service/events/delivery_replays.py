@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
+from service.db import paging
 from service.db.paging import Row
 from service.db.tables import deliveries, events
 from service.db.transaction import Transaction
@@ -39,23 +40,18 @@ class DeliveryFilter:
 
 
 def conditions(wanted: DeliveryFilter) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = []
-    if wanted.owner is not None:
-        found.append(columns.owner == wanted.owner)
-    if wanted.endpoint is not None:
-        found.append(columns.endpoint_id == wanted.endpoint)
+    found = paging.conditions(
+        deliveries,
+        owner=wanted.owner,
+        endpoint_id=wanted.endpoint,
+        state=wanted.state,
+        cause=wanted.error,
+        last_status=wanted.status,
+        since=wanted.since,
+        until=wanted.until,
+    )
     if wanted.state in (None, "dead"):
         found.append(columns.cause.is_not(None))
-    if wanted.state is not None:
-        found.append(columns.state == wanted.state)
-    if wanted.error is not None:
-        found.append(columns.cause == wanted.error)
-    if wanted.status is not None:
-        found.append(columns.last_status == wanted.status)
-    if wanted.since is not None:
-        found.append(columns.created_at >= wanted.since)
-    if wanted.until is not None:
-        found.append(columns.created_at < wanted.until)
     if wanted.type is not None:
         named = and_(events.c.id == columns.event_id, events.c.type == wanted.type)
         found.append(exists().where(named))

@@ -3,10 +3,11 @@ pages, the oldest task first. Each page is one transaction with an entry of the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
 
+from service.db.paging import matching
 from service.db.tables import images, tasks
 from service.db.transaction import Transaction, one_by_one
 from service.queue.crashes import FAULT_LIMIT
@@ -73,15 +74,11 @@ ELIGIBLE: dict[str, Callable[[], ColumnElement[bool]]] = {
 def _selected(act: str, wanted: TaskFilter) -> Select[tuple[int, str]]:
     columns = tasks.c
     found = [ELIGIBLE[act](), columns.erased_at.is_(None)]
-    given = {name: getattr(wanted, name) for name in ("owner", "state", "model")}
-    found += [columns[name] == value for name, value in given.items() if value is not None]
-    if wanted.error is not None:
-        found.append(columns.error["code"].as_string() == wanted.error)
-    if wanted.since is not None:
-        found.append(columns.created_at >= wanted.since)
-    if wanted.until is not None:
-        found.append(columns.created_at < wanted.until)
-    return select(columns.created_at, columns.id).where(*found)
+    given = asdict(wanted)
+    error = given.pop("error")
+    if error is not None:
+        found.append(columns.error["code"].as_string() == error)
+    return matching(select(columns.created_at, columns.id), tasks, **given).where(*found)
 
 
 def count_tasks(connection: Connection, act: str, wanted: TaskFilter) -> int:

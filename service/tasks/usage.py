@@ -33,12 +33,7 @@ class UsageFilter:
     until: int | None = None
 
     def narrow(self, statement: Select[Any], table: Table) -> Select[Any]:
-        statement = matching(statement, table, owner=self.owner)
-        if self.since is not None:
-            statement = statement.where(table.c.created_at >= self.since)
-        if self.until is not None:
-            statement = statement.where(table.c.created_at < self.until)
-        return statement
+        return matching(statement, table, owner=self.owner, since=self.since, until=self.until)
 
 
 @dataclass(slots=True)
