@@ -1,33 +1,26 @@
-"""Bodies, query parameters and cursors of clients. An error names the field and its limit."""
+"""Bodies and query parameters of clients. An error names the field and its limit."""
 
 import asyncio
 import codecs
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
 
 from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
-from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
-from service.db.paging import PAGE_BYTES, Row, Selection, courtesy, in_batches, that_fit
 from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop, read_object
 from service.upstreams.field_values import shown
 from service.web.auth import caller_of
-from service.web.context import context_of, resources_of
+from service.web.context import context_of
 from service.web.field_schemas import OWNER, OptionalBody
 from service.web.key_shares import address_of
-from service.web.page_answer import page_answer
-from service.web.parameters import CURSOR, LIMIT, MAX_LIMIT, UNIX
+from service.web.parameters import UNIX
 
 Model = TypeVar("Model", bound=BaseModel)
-Item = TypeVar("Item")
-Position = tuple[int, str]  # time and id of the last item
 
 MAX_BODY = 1 << 20
 BODY_S = 30.0
@@ -189,57 +182,3 @@ def query_owner(request: Request) -> str | None:
         message = "owner: only the scope admin may list others' data"
         raise ApiError(403, "permission_denied", message, param="owner")
     return owner
-
-
-def query_limit(request: Request, name: str = "limit") -> int:
-    text = request.query_params.get(name, str(LIMIT))
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
-        message = f"{name} must be a whole number from 1 to {MAX_LIMIT}, not {shown(text)}"
-        raise invalid_request(message, name)
-    return int(text)
-
-
-def read_cursor(request: Request) -> Position | None:
-    """The position after which the list continues. Clients treat it as opaque."""
-    such_as = "one that an answer gave"
-    text = query_text(request, "cursor", pattern=CURSOR, such_as=such_as)
-    if text is None:
-        return None
-    time, _, id = text.partition(".")
-    return int(time), id
-
-
-def position_of(row: Row) -> Position:
-    return row["created_at"], row["id"]
-
-
-async def page(
-    request: Request,
-    rows: Callable[[Connection, Selection], Sequence[Item]],
-    position: Callable[[Item], Position],
-    shown: Callable[[Item], JSON],
-) -> Response:
-    """One page of a list: at most `limit` items, and at most 4 MiB. `rows` returns the selected
-    items. One item beyond the page shows that the list continues.
-    """
-    limit, owner, cursor = query_limit(request), query_owner(request), None
-    since, until = query_time(request, "since"), query_time(request, "until")
-    first = Selection(owner, None, read_cursor(request), since, until)
-
-    def size(item: tuple[Position, bytes]) -> int:
-        return len(item[1]) + 1  # with a comma
-
-    def read(connection: Connection) -> tuple[list[tuple[Position, bytes]], bool]:
-        def some(after: Position | None, count: int) -> list[tuple[Position, bytes]]:
-            items = rows(connection, replace(first, after=after, limit=count))
-            return [(position(item), compact_json(shown(item)).encode()) for item in items]
-
-        polite = courtesy(connection)
-        found = in_batches(some, lambda item: item[0], size, first.after, limit + 1, polite)
-        return that_fit(found, size, PAGE_BYTES)
-
-    items, more = await resources_of(request).store.read(read)
-    if more or len(items) > limit:
-        items = items[:limit]
-        cursor = "{}.{}".format(*items[-1][0])
-    return page_answer(request, [document for _, document in items], next_cursor=cursor)

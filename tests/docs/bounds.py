@@ -10,7 +10,7 @@ from service.net import transport
 from service.queue import limiter
 from service.upstreams.lenient import USUAL_BYTES
 from service.web import auth, bodies, key_shares, overload, server, server_protocol, unsent
-from service.web.page_answer import PIECE
+from service.web.list_page import PIECE
 from service.web.routes import callback_route, task_routes, upstream_file_routes
 
 HOOKS = DELIVERIES + REDELIVERIES + overload.MANUAL

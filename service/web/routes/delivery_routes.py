@@ -16,8 +16,9 @@ from service.ids import rfc3339
 from service.strict_json import JSON
 from service.web.acts import perform
 from service.web.auth import caller_of
-from service.web.bodies import page, position_of, query_owner, query_text
+from service.web.bodies import query_owner, query_text
 from service.web.context import context_of, resources_of
+from service.web.list_page import page, position_of
 from service.web.parameters import HTTP_STATUS
 
 

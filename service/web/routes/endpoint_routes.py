@@ -23,9 +23,10 @@ from service.strict_json import JSON
 from service.tasks.audit import unless
 from service.web.acts import perform, performing
 from service.web.auth import caller_of
-from service.web.bodies import page, position_of, read_model
+from service.web.bodies import read_model
 from service.web.context import context_of, resources_of
 from service.web.delivery_schemas import EndpointSample
+from service.web.list_page import page, position_of
 from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
 
 

@@ -13,11 +13,11 @@ from service.events.feed import read_events
 from service.events.tail import StreamFilter
 from service.ids import sequence_text
 from service.web.auth import caller_of
-from service.web.bodies import query_limit, query_seconds, query_text
+from service.web.bodies import query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_stream import stream
 from service.web.field_schemas import known_pattern
-from service.web.page_answer import page_answer
+from service.web.list_page import page_answer, query_limit
 from service.web.parameters import MAX_TYPES, MAX_WAIT_S, SEQUENCE
 
 log = structlog.get_logger()

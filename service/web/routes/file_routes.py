@@ -16,8 +16,9 @@ from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.upstreams.catalogue_fields import ImagesField, UnsupportedField
 from service.upstreams.catalogue_images import COMMON, at_most
 from service.web.auth import caller_of
-from service.web.bodies import Position, page, query_text, reader_of
+from service.web.bodies import query_text, reader_of
 from service.web.context import context_of, resources_of
+from service.web.list_page import Position, page
 from service.web.routes.image_routes import HEADERS
 
 UPLOAD_S = 120.0

@@ -24,9 +24,10 @@ from service.tasks.budgets import Budget, set_budgets
 from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys
 from service.web.acts import perform, performing
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
-from service.web.bodies import page, position_of, read_model
+from service.web.bodies import read_model
 from service.web.context import resources_of
 from service.web.key_schemas import NewKey
+from service.web.list_page import page, position_of
 from service.web.schemas import SecretRotation
 
 Acting = Callable[[str, str, JSON | None], secrets.Write]

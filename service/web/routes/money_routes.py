@@ -19,9 +19,10 @@ from service.tasks.budgets import Budget, BudgetState, budget_states, set_budget
 from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
 from service.upstreams.field_values import shown
 from service.web.acts import perform
-from service.web.bodies import page, query_limit, query_owner, query_text, query_time, read_model
+from service.web.bodies import query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
 from service.web.field_schemas import OWNER
+from service.web.list_page import page, query_limit
 from service.web.money_schemas import BudgetChange
 from service.web.parameters import ENTRY_ID
 

@@ -12,8 +12,9 @@ from service.tasks.bulk import MOST, BulkPage, BulkResult, TaskFilter, act_on_pa
 from service.tasks.pause import PauseChange, change_pause, pause_document
 from service.web.acts import perform
 from service.web.auth import caller_of
-from service.web.bodies import milliseconds, query_limit, query_owner, query_text, read_model
+from service.web.bodies import milliseconds, query_owner, query_text, read_model
 from service.web.context import context_of, resources_of
+from service.web.list_page import query_limit
 from service.web.operator_schemas import (
     BulkAct,
     BulkBody,

@@ -25,9 +25,10 @@ from service.upkeep.retention import erase
 from service.upstreams.field_values import shown as named
 from service.web.acts import perform
 from service.web.auth import caller_of
-from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
+from service.web.bodies import MAX_BODY, parsed, query_text, read_body
 from service.web.context import Context, context_of, resources_of
 from service.web.error_responses import error_response
+from service.web.list_page import Position, page
 from service.web.parameters import IDEMPOTENCY_KEY
 from service.web.routes import upstream_routes
 
