@@ -10,9 +10,8 @@ from service.db.paging import Row, Selection, matching, page
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction, one_by_one
 from service.events import failures, outbox
-from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
+from service.events.endpoints import DeliveryAttempt, lock_endpoint, note_attempt
 from service.events.outbox import ORIGIN, DeliveryToSend
-from service.ids import rfc3339
 from service.ops.tracing import Origin
 from service.queue import leases
 
@@ -69,25 +68,6 @@ def delivery_list(
     for attempt in connection.execute(few).mappings():
         made[attempt["delivery_id"]].append(attempt)
     return [(row, made[row["id"]]) for row in rows]
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryAttempt:
-    """One request to a subscriber. `status` None: no response came, and `error` says why.
-
-    `ours`: the fault is on this side and says nothing about the subscriber. `pause_ms`: how long
-    the response's Retry-After pauses the endpoint. `url`: where the request went. The response of
-    an old address is not counted against the endpoint's new one.
-    """
-
-    id: str
-    status: int | None
-    duration_ms: int
-    error: str | None
-    answer: bytes = b""  # the first 2 KiB of the response
-    ours: bool = False
-    pause_ms: int = 0
-    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +177,7 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
         more = row["planned_at"] is not None
         if endpoint_id in calm and not more:
             return
-        _record_on_endpoint(tx, endpoint_id, result, attempt, item.disable_after_ms, more=more)
+        note_attempt(tx, endpoint_id, result, attempt, item.disable_after_ms, more=more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,46 +210,7 @@ def record_manual_attempts(tx: Transaction, item: ManualAttempt) -> None:
     if values:
         tx.connection.execute(update(deliveries).where(mine).values(values))
     if row["endpoint_id"] is not None:
-        _record_on_endpoint(tx, row["endpoint_id"], item.result, item.attempt, manual=True)
-
-
-def _record_on_endpoint(
-    tx: Transaction,
-    endpoint_id: str,
-    result: str,
-    attempt: DeliveryAttempt,
-    disable_after_ms: int = 0,
-    *,
-    manual: bool = False,
-    more: bool = False,
-) -> None:
-    """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
-    failed for `disable_after_ms`. A failed manual attempt does not start that time.
-
-    The first success after failures brings waiting deliveries forward. Each of them that succeeds
-    brings `more` of them.
-    """
-    endpoint = lock_endpoint(tx, endpoint_id)
-    if endpoint is None or endpoint.status == "disabled":
-        return
-    if attempt.url not in (None, endpoint.url):
-        return
-    if result == "delivered":
-        if endpoint.failing_since is not None:
-            update_endpoint(tx, endpoint_id, failing_since=None)
-            bring_forward(tx, endpoint)
-        elif more:
-            bring_forward(tx, endpoint, more=True)
-        return
-    since = endpoint.failing_since
-    values = {"failing_since": tx.now} if since is None and not manual else {}
-    if attempt.pause_ms:
-        values["paused_until"] = max(tx.now + attempt.pause_ms, endpoint.paused_until or 0)
-    update_endpoint(tx, endpoint_id, **values)
-    if result == "gone":
-        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
-    elif since is not None and tx.now - since >= disable_after_ms > 0:
-        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
+        note_attempt(tx, row["endpoint_id"], item.result, item.attempt, manual=True)
 
 
 def _emit_exhausted(tx: Transaction, row: Row) -> None:

@@ -12,13 +12,13 @@ from service.db.paging import Row
 from service.db.transaction import Lease
 from service.errors import StoreUnavailable
 from service.events.deliveries import (
-    DeliveryAttempt,
     DeliveryOutcome,
     ManualAttempt,
     delivery_to_send,
     record_attempts,
     record_manual_attempts,
 )
+from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.events.webhooks import WebhookSender
 from service.ops import tracing

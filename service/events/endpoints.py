@@ -1,4 +1,4 @@
-"""Endpoints: rows, changes, and the deliveries that wait for an endpoint."""
+"""Endpoints: rows, changes, what attempts do to them, and the deliveries that wait for them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,6 +31,25 @@ class EndpointRow:
     created_at: int
     failing_since: int | None  # every attempt has failed since
     paused_until: int | None  # asked for by Retry-After
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryAttempt:
+    """One request to a subscriber. `status` None: no response came, and `error` says why.
+
+    `ours`: the fault is on this side and says nothing about the subscriber. `pause_ms`: how long
+    the response's Retry-After pauses the endpoint. `url`: where the request went. The response of
+    an old address is not counted against the endpoint's new one.
+    """
+
+    id: str
+    status: int | None
+    duration_ms: int
+    error: str | None
+    answer: bytes = b""  # the first 2 KiB of the response
+    ours: bool = False
+    pause_ms: int = 0
+    url: str | None = None
 
 
 COLUMNS = [endpoints.c[field.name] for field in fields(EndpointRow)]
@@ -118,6 +137,45 @@ def bring_forward(tx: Transaction, endpoint: EndpointRow, *, more: bool = False)
         update(deliveries).where(deliveries.c.id.in_(select(due.c.id))).values(values)
     )
     tx.due.update(("deliver", "redeliver"))
+
+
+def note_attempt(
+    tx: Transaction,
+    endpoint_id: str,
+    result: str,
+    attempt: DeliveryAttempt,
+    disable_after_ms: int = 0,
+    *,
+    manual: bool = False,
+    more: bool = False,
+) -> None:
+    """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
+    failed for `disable_after_ms`. A failed manual attempt does not start that time.
+
+    The first success after failures brings waiting deliveries forward. Each of them that succeeds
+    brings `more` of them.
+    """
+    endpoint = lock_endpoint(tx, endpoint_id)
+    if endpoint is None or endpoint.status == "disabled":
+        return
+    if attempt.url not in (None, endpoint.url):
+        return
+    if result == "delivered":
+        if endpoint.failing_since is not None:
+            update_endpoint(tx, endpoint_id, failing_since=None)
+            bring_forward(tx, endpoint)
+        elif more:
+            bring_forward(tx, endpoint, more=True)
+        return
+    since = endpoint.failing_since
+    values = {"failing_since": tx.now} if since is None and not manual else {}
+    if attempt.pause_ms:
+        values["paused_until"] = max(tx.now + attempt.pause_ms, endpoint.paused_until or 0)
+    update_endpoint(tx, endpoint_id, **values)
+    if result == "gone":
+        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
+    elif since is not None and tx.now - since >= disable_after_ms > 0:
+        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
 
 
 def _pending(endpoint_id: str) -> Update:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from service.db.paging import Row
 from service.errors import ConfigurationError, EgressError, NoPlace, NoRoute
-from service.events.deliveries import DeliveryAttempt
 from service.events.documents import event_document
+from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
 from service.net.egress_client import Egress

@@ -15,8 +15,9 @@ from service.db.batching import BatchingStore, Item, Result
 from service.db.paging import Row
 from service.db.tables import events, images, tasks
 from service.db.transaction import Lease, Transaction
-from service.events.deliveries import DeliveryAttempt, DeliveryOutcome, record_attempts
+from service.events.deliveries import DeliveryOutcome, record_attempts
 from service.events.endpoints import (
+    DeliveryAttempt,
     EndpointChange,
     NewEndpointRow,
     change_endpoints,

@@ -13,13 +13,13 @@ from service.db.paging import After, Row, Selection
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
 from service.events.deliveries import (
-    DeliveryAttempt,
     DeliveryOutcome,
     delivery_list,
     delivery_to_send,
     record_attempts,
 )
 from service.events.endpoints import (
+    DeliveryAttempt,
     EndpointChange,
     NewEndpointRow,
     change_endpoints,

@@ -12,12 +12,12 @@ from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
 from service.events import endpoints as endpoint_store
 from service.events.deliveries import (
-    DeliveryAttempt,
     DeliveryOutcome,
     ManualAttempt,
     record_attempts,
     record_manual_attempts,
 )
+from service.events.endpoints import DeliveryAttempt
 from service.events.secrets import SecretChange, change_secrets, stored_secret
 from service.queue import leases
 from tests.contract.subject import DAY, HOUR, MINUTE, OWNER, SECOND, Subject, new_id

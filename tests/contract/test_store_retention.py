@@ -10,12 +10,8 @@ from sqlalchemy import Connection, update
 from service.db.clock import wall_clock
 from service.db.tables import attempts, callbacks, deliveries, events, metadata, replays, steps
 from service.db.transaction import Transaction
-from service.events.deliveries import (
-    DeliveryAttempt,
-    DeliveryOutcome,
-    delivery_to_send,
-    record_attempts,
-)
+from service.events.deliveries import DeliveryOutcome, delivery_to_send, record_attempts
+from service.events.endpoints import DeliveryAttempt
 from service.events.feed import event_list
 from service.ids import rfc3339
 from service.images.downloads import shown_image

@@ -12,7 +12,7 @@ import pytest
 from starlette.responses import Response
 
 from service.errors import ConnectionLost, EgressRefused
-from service.events.deliveries import DeliveryAttempt
+from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.net.egress_client import Egress, Rules
 from service.upstreams.base import NoAnswer, NotCreated

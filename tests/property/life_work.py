@@ -11,12 +11,8 @@ from hashlib import sha256
 from typing import Any
 
 from service.db.transaction import Lease
-from service.events.deliveries import (
-    DeliveryAttempt,
-    DeliveryOutcome,
-    delivery_to_send,
-    record_attempts,
-)
+from service.events.deliveries import DeliveryOutcome, delivery_to_send, record_attempts
+from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.images.downloads import (
     Download,
