@@ -4,7 +4,7 @@ have slots of their own.
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import structlog
 
@@ -32,7 +32,6 @@ from service.strict_json import JSON
 log = structlog.get_logger()
 
 RECORD_S = 1.0  # between tries to record an outcome while the store is unavailable
-LATE = 1000  # outcomes that are kept after their lease had ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,6 @@ class DeliveryWorker:
     schedule: tuple[float, ...]
     disable_after_s: float
     limiter: EndpointLimiter = field(default_factory=lambda: EndpointLimiter(time.monotonic))
-    unrecorded: dict[str, DeliveryOutcome] = field(default_factory=dict)
 
     async def run(self, lease: Lease) -> None:
         store = self.sender.resources.store
@@ -55,11 +53,6 @@ class DeliveryWorker:
             return
         tracing.work_for(delivery.origin, owner=delivery.owner, task_id=delivery.task_id)
         checkpoint("delivery.claimed")
-        late = self.unrecorded.get(lease.key)
-        if late and late.lease.fence == lease.fence - 1:
-            # The request was sent, but its lease ended before the store committed the outcome.
-            await self._record(replace(late, lease=lease))
-            return
         outcome = self._without_request(lease, delivery)
         if outcome is None:
             outcome = await self._attempt(lease, delivery)
@@ -87,33 +80,22 @@ class DeliveryWorker:
         return self._outcome(lease, attempt, delivery.planned_at or 0, wake=wake)
 
     async def _record(self, outcome: DeliveryOutcome) -> bool:
-        """Tries until the store commits, so that a failing store causes no second request.
-
-        If the lease has ended, the outcome is kept in memory for the next lease of this process,
-        which may already be reading the delivery.
+        """Tries until the store commits, so that a failing store causes no second request while the
+        lease lasts. False: the lease had ended.
         """
-        key = outcome.lease.key
-        self.unrecorded.pop(key, None)
-        self.unrecorded[key] = outcome
-        if len(self.unrecorded) > LATE:
-            del self.unrecorded[next(iter(self.unrecorded))]
         while True:
             try:
-                held = await self.sender.resources.store.write(record_attempts, outcome)
+                return await self.sender.resources.store.write(record_attempts, outcome)
             except StoreUnavailable as error:
                 log.error(  # noqa: TRY400 - an unavailable store needs no traceback
                     "worker.failed",
                     stage=outcome.lease.stage,
-                    key=key,
+                    key=outcome.lease.key,
                     attempt=outcome.lease.attempts,
                     wait_s=RECORD_S,
                     exception=f"{type(error).__name__}: {error}",
                 )
                 await asyncio.sleep(RECORD_S)
-            else:
-                if held:
-                    self.unrecorded.pop(key, None)
-                return held
 
     def _without_request(self, lease: Lease, delivery: DeliveryToSend) -> DeliveryOutcome | None:
         """The outcome of a delivery that is not sent now. None: send it."""

@@ -2,7 +2,6 @@
 does not exist.
 """
 
-import asyncio
 import socket
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
@@ -15,13 +14,10 @@ from sqlalchemy.exc import OperationalError
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
-from service.db.batching import BatchingStore
 from service.db.sqlite import SqliteStore
 from service.db.tables import deliveries, events
 from service.db.transaction import Lease, Transaction
-from service.errors import StoreUnavailable
 from service.events import delivery_worker
-from service.events.deliveries import record_attempts
 from service.events.delivery_worker import DeliveryWorker
 from service.queue import worker
 from tests.api import got
@@ -111,20 +107,6 @@ async def test_what_could_not_be_recorded_is_not_sent_again(
         assert len(shop.received) == 1
 
 
-class Away:
-    """A store that records no attempt while it is away."""
-
-    def __init__(self, store: BatchingStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.away = True
-        self._write = store.write
-        monkeypatch.setattr(store, "write", self.write)
-
-    async def write(self, operation: Any, item: Any, *, urgent: bool = False) -> Any:
-        if self.away and operation is record_attempts:
-            raise StoreUnavailable("away")
-        return await self._write(operation, item, urgent=urgent)
-
-
 def leased(tx: Transaction, claimed: Sequence[Lease]) -> list[None]:
     """A store operation that puts the rows under these leases."""
     for lease in claimed:
@@ -153,73 +135,6 @@ async def due(still: World, shop: Subscriber) -> Lease:
 async def state(still: World, lease: Lease) -> tuple[str, int]:
     found = got(await still.client.get(f"/v1/deliveries/{lease.key}"))
     return found["state"], len(found["attempts"])
-
-
-@pytest.mark.parametrize("order", ["the old lease first", "both at once"])
-async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
-    still: World, shop: Subscriber, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next lease of the same process finds the unrecorded attempt and records it. This holds
-    however often leases expire.
-    """
-    store, worker = (
-        still.context.resources.store,
-        DeliveryWorker(still.context.sender, (600.0,), 0),
-    )
-    claimed = [await due(still, shop)]
-    away = Away(store, monkeypatch)
-    jobs = [asyncio.create_task(worker.run(claimed[0]))]
-    await wait_until(lambda: worker.unrecorded)
-    claimed.append(Lease("redeliver", claimed[0].key, 2, 2))
-    await store.write(leased, claimed[1])
-    if order == "both at once":
-        jobs.append(asyncio.create_task(worker.run(claimed[1])))
-        await wait_until(lambda: worker.unrecorded[claimed[0].key].lease == claimed[1])
-        away.away = False
-    else:
-        away.away = False
-        await jobs[0]
-        assert await state(still, claimed[0]) == ("pending", 1)
-        await worker.run(claimed[1])
-    await asyncio.gather(*jobs)
-    assert await state(still, claimed[0]) == ("delivered", 1)
-    assert worker.unrecorded == {}
-    assert len([request for request in shop.received if request.path == "/"]) == 1
-
-
-async def test_what_another_process_did_meanwhile_counts(
-    still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process held a lease in between and planned a retry. The worker sends it."""
-    store, worker = (
-        still.context.resources.store,
-        DeliveryWorker(still.context.sender, (600.0,), 0),
-    )
-    lease = await due(still, shop)
-    away = Away(store, monkeypatch)
-    job = asyncio.create_task(worker.run(lease))
-    await wait_until(lambda: worker.unrecorded)
-    later = Lease("redeliver", lease.key, 3, 3)
-    await store.write(leased, later)
-    away.away = False
-    await job
-    await worker.run(later)
-    assert await state(still, lease) == ("delivered", 2)
-    assert len(shop.received) == 2
-    assert worker.unrecorded == {}
-
-
-async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
-    still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The oldest attempt is dropped first."""
-    monkeypatch.setattr(delivery_worker, "LATE", 2)
-    worker = DeliveryWorker(still.context.sender, (600.0,), 0)
-    claimed = [await due(still, shop) for _ in range(3)]
-    for lease in claimed:
-        await still.context.resources.store.write(leased, Lease("redeliver", lease.key, 2, 2))
-        await worker.run(lease)
-    assert list(worker.unrecorded) == [lease.key for lease in claimed[1:]]
 
 
 def forget(tx: Transaction, ids: Sequence[str]) -> list[None]:
