@@ -5,7 +5,7 @@ from service.backends import DELIVERIES, REDELIVERIES
 from service.blobs.blob_store import CHUNK
 from service.db import sqlite
 from service.db.paging import PAGE_BYTES
-from service.events import delivery_worker, tail
+from service.events import tail
 from service.net import transport
 from service.queue import limiter
 from service.upstreams.lenient import USUAL_BYTES
@@ -93,7 +93,6 @@ def at_work() -> dict[str, str]:
         " one owner",
         "attempts by hand and test sends": half(overload.MANUAL),
         "subscribers whose limit is remembered": f"{limiter.KNOWN:,}",
-        "attempts that are sent and not recorded yet": f"{delivery_worker.LATE:,}",
         "images that wait for a decoder": "`DOWNLOAD_CONCURRENCY`, on disk, and uploads",
         "API keys in the cache": f"{auth.CACHE_KEYS:,} valid ones, for {auth.CACHE_S:g} s",
         "keys with a request limit (`DARKROOM_KEY_REQUESTS`)": "two numbers for each key, for the"
