@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -41,9 +42,20 @@ class Keyring:
             )
         self._token_keys = [_derive(key, "callback token") for key in keys]
         boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
+        seeds = [_derive(key, "webhook signature") for key in keys]
+        self._signers = [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
         self._first, self._box = boxes[0], MultiFernet(boxes)
         browser = [base64.urlsafe_b64encode(_derive(key, "console session")) for key in keys]
         self._browser = MultiFernet([Fernet(key) for key in browser])
+
+    def sign_openly(self, id: str, timestamp: int, body: bytes) -> str:
+        """The signature `v1a,…` of a webhook. A receiver checks it with a public key."""
+        signature = self._signers[0].sign(_signed_content(id, timestamp, body))
+        return "v1a," + base64.b64encode(signature).decode("ascii")
+
+    def public_keys(self) -> list[bytes]:
+        """The public keys of `sign_openly`. The first one signs. The others did, or will."""
+        return [signer.public_key().public_bytes_raw() for signer in self._signers]
 
     def callback_token(self, upstream: str, task_id: str) -> str:
         """The last part of a callback URL, 32 lower-case base32 characters. It proves that the
@@ -150,8 +162,12 @@ def sign_webhook(secrets: Sequence[str], id: str, timestamp: int, body: bytes) -
     """
     if not secrets or not id or "." in id:
         raise ValueError("signing wants a secret, and an id without a full stop")
-    content = b".".join((_bytes(id), str(timestamp).encode("ascii"), body))
+    content = _signed_content(id, timestamp, body)
     return " ".join(_signature(secret, content) for secret in secrets)
+
+
+def _signed_content(id: str, timestamp: int, body: bytes) -> bytes:
+    return b".".join((_bytes(id), str(timestamp).encode("ascii"), body))
 
 
 def hash_api_key(key: str) -> str:

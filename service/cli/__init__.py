@@ -17,6 +17,7 @@ from service.cli import (
     completion,
     doctor_command,
     file_commands,
+    listen_command,
     money_commands,
     restore,
     sandbox_commands,
@@ -46,6 +47,7 @@ program.command()(selectable(task_commands.submit))
 program.command("tasks")(selectable(TASKS.command()))
 program.command()(selectable(task_commands.task))
 program.command()(selectable(task_commands.events))
+program.command()(selectable(listen_command.listen))
 program.command()(selectable(catalogue_commands.models))
 program.command()(selectable(catalogue_commands.estimate))
 program.command()(selectable(money_commands.usage))

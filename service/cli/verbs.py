@@ -47,15 +47,19 @@ def with_metadata(given: JSON) -> JSON:
 
 def with_owner(given: JSON) -> JSON:
     """An owner of `*` is null: the endpoint gets the events of every owner."""
-    return named(given) | ({"owner": None} if given["owner"] == "*" else {})
+    return options(given) | ({"owner": None} if given["owner"] == "*" else {})
+
+
+def options(given: JSON) -> JSON:
+    """The options of an endpoint as the API has them."""
+    lines = {name: pairs(given[name], f"--{name}") or None for name in ("metadata", "header")}
+    return named(given | {"header": None} | {"headers": lines.pop("header"), **lines})
 
 
 def some_change(given: JSON) -> JSON:
-    if not named(given):
-        raise typer.BadParameter(
-            "name something to change: --url, --type, --description or --status"
-        )
-    return named(given)
+    if not (changes := options(given)):
+        raise typer.BadParameter("name something to change, such as --url, --type or --status")
+    return changes
 
 
 def with_scopes(given: JSON) -> JSON:
@@ -84,6 +88,15 @@ PAGE = {
     "cursor": Cursor,
 }
 DESCRIPTION = text("What the endpoint is for.")
+OPTIONS = {
+    "ordered": Annotated[
+        bool | None, option("One delivery at a time for each task.", "--ordered/--unordered")
+    ],
+    "ordered_by": text("With --ordered: for each value of this key of the metadata.", "KEY"),
+    "metadata": Metadata,
+    "header": Annotated[Texts, option("Sent with every request.", metavar="NAME=VALUE")],
+    "rate_per_s": Annotated[float | None, option("The most requests in a second.", metavar="N")],
+}
 
 TASKS = Verb(
     "List tasks, newest first.",
@@ -115,6 +128,7 @@ ENDPOINTS = {
             "types": Types,
             "description": DESCRIPTION,
             "owner": text("Admin: whose events; '*' for every owner's."),
+            **OPTIONS,
         },
         fields=with_owner,
     ),
@@ -128,6 +142,7 @@ ENDPOINTS = {
             "types": Types,
             "description": DESCRIPTION,
             "status": text("enabled, paused or disabled."),
+            **OPTIONS,
         },
         fields=some_change,
     ),

@@ -84,6 +84,8 @@ _waiting = and_(deliveries.c.due_at.is_not(None), deliveries.c.endpoint_id.is_no
 _partial(
     "ix_deliveries_endpoint_id_due_at", _waiting, deliveries.c.endpoint_id, deliveries.c.due_at
 )
+_ordered = (deliveries.c[name] for name in ("endpoint_id", "order_key", "state", "sequence"))
+_partial("ix_deliveries_ordered", deliveries.c.order_key.is_not(None), *_ordered)
 _replayed = deliveries.c.replay_id.is_not(None)
 _partial("ix_deliveries_replay_id", _replayed, deliveries.c.replay_id, deliveries.c.state)
 # Failures: their groups, for one owner and for all, and their deliveries by time.

@@ -126,8 +126,7 @@ callbacks = Table(
     Column("id", String(40), primary_key=True),
     Column("task_id", String(40), nullable=False),
     Column("owner", String(64), nullable=False),
-    Column("received_at", BigInteger, nullable=False),
-    Column("last_seen_at", BigInteger, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in ("received_at", "last_seen_at")),
     Column("count", Integer, nullable=False),
     Column("verdict", String(16), nullable=False),
     Column("status", String(16)),  # normalised; NULL: unreadable or undocumented
@@ -155,8 +154,7 @@ images = Table(
     Column("media_type", String(64)),
     Column("bytes", BigInteger),
     Column("sha256", String(64)),
-    Column("width", Integer),
-    Column("height", Integer),
+    *(Column(name, Integer) for name in ("width", "height")),
     Column("stored_at", BigInteger),
     Column("error", Text),
     Column("wrong_sha256", String(64)),  # of a body that was no image, and how often it came
@@ -208,8 +206,10 @@ endpoints = Table(
     Column("status_since", BigInteger),  # NULL: since before the column was there
     Column("disabled_at", BigInteger),
     Column("disabled_reason", Text),
-    *(Column(name, BigInteger) for name in ("failing_since", "paused_until")),
+    *(Column(name, BigInteger) for name in ("failing_since", "paused_until", "recovered_at")),
     Column("secret", LargeBinary, nullable=False),  # encrypted
+    *(Column("options", JSON(none_as_null=True)), Column("headers", LargeBinary)),  # encrypted
+    Column("slot_at", BigInteger),  # the next free time of its rate
     Column("created_at", BigInteger, nullable=False),
     Index(None, "owner"),
 )
@@ -231,9 +231,11 @@ deliveries = Table(
     Column("planned_at", BigInteger),
     # Why the last attempt failed, since when, and when. NULL: it did not, or the event arrived.
     Column("cause", String(64)),
-    Column("failed_since", BigInteger),
-    Column("failed_at", BigInteger),
+    *(Column(name, BigInteger) for name in ("failed_since", "failed_at")),
     Column("last_status", Integer),  # of the last response
+    # Of an ordered endpoint: deliveries of one key go one after another, by `sequence`.
+    *(Column("order_key", String(64)), Column("sequence", BigInteger)),
+    Column("slot_at", BigInteger),  # the time that the endpoint's rate gave it
     Index(None, "event_id"),
     Index(None, "endpoint_id", "state"),
     Index(None, "task_id"),
@@ -249,8 +251,7 @@ replays = Table(
     # A filter of deliveries. NULL: a replay of an endpoint's events.
     Column("filter", JSON(none_as_null=True)),
     Column("after", String(40)),  # with a filter: the last delivery at the time `position`
-    Column("since_at", BigInteger, nullable=False),
-    Column("until_at", BigInteger, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in ("since_at", "until_at")),
     Column("types", JSON, nullable=False),
     Column("only", String(8), nullable=False),  # dead | all
     Column("pending", Boolean),  # TRUE: dead and pending deliveries, which is `undelivered`
@@ -259,8 +260,7 @@ replays = Table(
     Column("made", BigInteger, nullable=False),  # deliveries so far
     Column("position", BigInteger, nullable=False),  # the events from here to `last` follow
     Column("last", BigInteger, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("finished_at", BigInteger),
+    *(Column("created_at", BigInteger, nullable=False), Column("finished_at", BigInteger)),
     *lease_columns(),
 )
 

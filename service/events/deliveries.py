@@ -1,22 +1,19 @@
 """Deliveries: what an attempt needs, and the record of what came of it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, case, func, insert, over, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, insert, select, update
 
-from service.db.paging import Row, Selection, matching, page
+from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction, one_by_one
-from service.events import failures, outbox
-from service.events.endpoints import DeliveryAttempt, lock_endpoint, note_attempt
+from service.events import delivery_order, failures, outbox
+from service.events.endpoints import DeliveryAttempt, lock_endpoint, note_attempt, type_of
 from service.events.outbox import ORIGIN, DeliveryToSend
 from service.ops.tracing import Origin
 from service.queue import leases
-
-ATTEMPTS = 200  # of a delivery, in an answer
-
 
 COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
 _to_callback = deliveries.c.endpoint_id.is_(None)
@@ -28,7 +25,8 @@ _DELIVERY_TO_SEND = (
         endpoints.c.status.label("endpoint_status"),
         endpoints.c.paused_until,
         deliveries.c.planned_at,
-        deliveries.c.event_id,
+        *(deliveries.c[name] for name in ("event_id", "order_key", "sequence", "slot_at")),
+        *(endpoints.c.options, endpoints.c.headers),
         *ORIGIN,
     )
     .select_from(
@@ -48,32 +46,17 @@ def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend
     mine = events.c.id == values.pop("event_id")
     event = connection.execute(select(events).where(mine)).mappings().first()
     origin = Origin(*(values.pop(column.name) for column in ORIGIN))
-    return DeliveryToSend(**values, event=event, origin=origin)
-
-
-def delivery_list(
-    connection: Connection, wanted: Selection, where: Mapping[str, Any] | None = None
-) -> list[tuple[Row, list[Row]]]:
-    """Deliveries with their latest attempts. `where` names columns, such as `id` or `state`."""
-    joined = deliveries.outerjoin(events, events.c.id == deliveries.c.event_id)
-    named = select(deliveries, events.c.type).select_from(joined)
-    statement = matching(named, deliveries, **(where or {}))
-    rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
-    made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
-    order = attempts.c.time, attempts.c.id
-    latest = over(func.row_number(), attempts.c.delivery_id, [each.desc() for each in order])
-    tried = select(attempts, latest.label("number")).where(attempts.c.delivery_id.in_(made))
-    shown = tried.subquery()
-    few = select(shown).where(shown.c.number <= ATTEMPTS).order_by(shown.c.time, shown.c.id)
-    for attempt in connection.execute(few).mappings():
-        made[attempt["delivery_id"]].append(attempt)
-    return [(row, made[row["id"]]) for row in rows]
+    paced = bool(delivery_order.interval_ms(values.pop("options")))
+    del values["sequence"]
+    behind = row["order_key"] is not None and delivery_order.is_behind(connection, row)
+    return DeliveryToSend(**values, event=event, origin=origin, paced=paced, behind=behind)
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
     """The end of a lease: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
-    (the endpoint is paused) or `snooze` (not tried, due again after `wait_ms`).
+    (the endpoint is paused), `snooze` (not tried, due again after `wait_ms`) or `behind` (not
+    tried, an earlier delivery of its key goes first).
 
     `wake`: other deliveries snoozed until this attempt ended. `early`: the delivery was brought
     forward, so that the attempt does not count and the planned one still comes.
@@ -160,16 +143,19 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
     # was enabled meanwhile, nothing would release it, so it is due at once.
     held = result == "held" and endpoint is not None and endpoint.status == "paused"
     ended = finished or held or row["state"] != "pending"
-    values = leases.release(item.lease.stage, None if ended else tx.now + item.wait_ms)
+    wait_ms = delivery_order.wait_behind(tx, row) if result == "behind" else item.wait_ms
+    values = leases.release(item.lease.stage, None if ended else tx.now + wait_ms)
     if finished:
         state = "delivered" if result == "delivered" else "dead"
         values |= {"state": state, "finished_at": tx.now}
-    elif result in ("held", "snooze") or item.early:
+    elif result in ("held", "snooze", "behind") or item.early:
         values["attempts"] = row["attempts"] - 1  # no request was made, or one beside the schedule
     else:
         values["planned_at"] = None
     values |= failures.after(tx, row, result, *seen(item.attempt))
     tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
+    if finished:
+        delivery_order.release_next(tx, row)
     attempt = item.attempt
     if attempt is not None and result == "dead":
         _emit_exhausted(tx, row)
@@ -177,7 +163,7 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
         more = row["planned_at"] is not None
         if endpoint_id in calm and not more:
             return
-        note_attempt(tx, endpoint_id, result, attempt, item.disable_after_ms, more=more)
+        note_attempt(tx, row, result, attempt, item.disable_after_ms, more=more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,16 +195,17 @@ def record_manual_attempts(tx: Transaction, item: ManualAttempt) -> None:
         values |= failures.after(tx, row, item.result, *seen(item.attempt))
     if values:
         tx.connection.execute(update(deliveries).where(mine).values(values))
+    if "state" in values:
+        delivery_order.release_next(tx, row)
     if row["endpoint_id"] is not None:
-        note_attempt(tx, row["endpoint_id"], item.result, item.attempt, manual=True)
+        note_attempt(tx, row, item.result, item.attempt, manual=True)
 
 
 def _emit_exhausted(tx: Transaction, row: Row) -> None:
     """A dead delivery of an operators' event emits none, or a dead operators' endpoint would feed
     itself for ever.
     """
-    mine = events.c.id == row["event_id"]
-    type = tx.connection.execute(select(events.c.type).where(mine)).scalar()
+    type = type_of(tx, row)
     if type is not None and type.startswith("image.task."):
         data = {name: row[name] for name in ("endpoint_id", "event_id", "task_id")}
         data["delivery_id"] = row["id"]
@@ -231,4 +218,6 @@ def dead_letter_delivery(tx: Transaction, lease: Lease, cause: str) -> None:
     row = tx.connection.execute(statement).mappings().first()
     failure = failures.failed(row, "worker fault", tx.now) if row else {}
     tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now, **failure})
+    if row is not None:
+        delivery_order.release_next(tx, row)
     outbox.emit_dead_letter(tx, lease, cause, row["task_id"] if row else None)

@@ -19,7 +19,10 @@ from service.events.endpoints import lock_endpoint
 from service.events.failures import supersede
 
 MOST = 100_000  # deliveries of one replay
-NAMES = ("id", "event_id", "endpoint_id", "task_id", "owner", "created_at", "state")
+NAMES = (
+    *("id", "event_id", "endpoint_id", "task_id", "owner", "created_at", "state"),
+    *("order_key", "sequence"),
+)
 columns = deliveries.c
 
 
@@ -135,7 +138,8 @@ def _on_their_way(tx: Transaction, replay: Row, event_ids: set[str]) -> set[tupl
 
 
 def _new_row(tx: Transaction, replay: Row, row: Row) -> dict[str, Any]:
-    copied = {name: row[name] for name in ("owner", "endpoint_id", "event_id", "task_id")}
+    names = ("owner", "endpoint_id", "event_id", "task_id", "order_key", "sequence")
+    copied = {name: row[name] for name in names}
     zero = dict.fromkeys(("attempts", "fence", "deaths", "faults"), 0)
     times = {"created_at": tx.now, "due_at": tx.now}
     more = {"id": tx.id("delivery"), "state": "pending", "replay_id": replay["id"]}

@@ -18,6 +18,7 @@ from service.events.deliveries import (
     record_attempts,
     record_manual_attempts,
 )
+from service.events.delivery_order import RateRequest, take_times
 from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.events.webhooks import WebhookSender
@@ -32,6 +33,7 @@ from service.strict_json import JSON
 log = structlog.get_logger()
 
 RECORD_S = 1.0  # between tries to record an outcome while the store is unavailable
+HINT_S = 0.01  # after the time that a rate gave
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class DeliveryWorker:
     schedule: tuple[float, ...]
     disable_after_s: float
     limiter: EndpointLimiter = field(default_factory=lambda: EndpointLimiter(time.monotonic))
+    in_order: set[str] = field(default_factory=set)  # keys of ordered deliveries on their way
 
     async def run(self, lease: Lease) -> None:
         store = self.sender.resources.store
@@ -54,6 +57,8 @@ class DeliveryWorker:
         tracing.work_for(delivery.origin, owner=delivery.owner, task_id=delivery.task_id)
         checkpoint("delivery.claimed")
         outcome = self._without_request(lease, delivery)
+        if outcome is None and delivery.paced:
+            outcome = await self._wait_turn(lease, delivery)
         if outcome is None:
             outcome = await self._attempt(lease, delivery)
         if outcome.attempt is None:
@@ -71,10 +76,13 @@ class DeliveryWorker:
         if wait is not None:
             return DeliveryOutcome(lease, "snooze", wait_ms=round(wait * 1000))
         began, healthy, wake = time.monotonic(), None, False
+        key = f"{subscriber} {delivery.order_key}"
+        self.in_order.add(key)
         try:
             attempt = await self.sender.send(delivery, first=first)
             healthy = None if attempt.ours else attempt.status not in (None, 429, 503)
         finally:
+            self.in_order.discard(key)
             seconds = time.monotonic() - began
             wake = self.limiter.record(subscriber, seconds, first=first, healthy=healthy)
         return self._outcome(lease, attempt, delivery.planned_at or 0, wake=wake)
@@ -104,7 +112,27 @@ class DeliveryWorker:
         if delivery.endpoint_status == "paused":
             return DeliveryOutcome(lease, "held")
         left = (delivery.paused_until or 0) - self.sender.resources.store.clock()
-        return DeliveryOutcome(lease, "snooze", wait_ms=left) if left > 0 else None
+        if left > 0:
+            return DeliveryOutcome(lease, "snooze", wait_ms=left)
+        key = f"{subscriber_key(delivery)} {delivery.order_key}"
+        on_its_way = delivery.order_key is not None and key in self.in_order
+        return DeliveryOutcome(lease, "behind") if delivery.behind or on_its_way else None
+
+    async def _wait_turn(self, lease: Lease, delivery: DeliveryToSend) -> DeliveryOutcome | None:
+        """The outcome of a delivery whose turn by the endpoint's rate comes later. None: now."""
+        assert delivery.endpoint_id is not None
+        request = RateRequest(delivery.id, delivery.endpoint_id, delivery.slot_at)
+        wait_ms = await self.sender.resources.store.write(take_times, request)
+        if wait_ms <= 0:
+            return None
+        # The pool looks for due rows too seldom for a rate.
+        wait_s = wait_ms / 1000 + HINT_S
+        asyncio.get_running_loop().call_later(wait_s, self._hint, lease.stage)
+        return DeliveryOutcome(lease, "snooze", wait_ms=wait_ms)
+
+    def _hint(self, stage: str) -> None:
+        if workers := self.sender.resources.store.workers:
+            workers.hinted((stage,))
 
     def _outcome(
         self, lease: Lease, attempt: DeliveryAttempt, planned_at: int, *, wake: bool
@@ -203,5 +231,7 @@ async def send_test(
         "time": sender.resources.clock(),
         "data": {"endpoint_id": endpoint["id"]} if data is None else data,
     }
-    attempt = await sender.send_event(event, endpoint["url"], endpoint["secret"])
+    attempt = await sender.send_event(
+        event, endpoint["url"], endpoint["secret"], endpoint["headers"]
+    )
     return {"time": event["time"], **asdict(attempt)}

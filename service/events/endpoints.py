@@ -7,16 +7,18 @@ from typing import Any
 from sqlalchemy import Connection, Update, case, delete, func, insert, select, update
 
 from service.db.paging import Row, Selection, matching, page
-from service.db.tables import ZERO, counters, deliveries, endpoints
+from service.db.tables import ZERO, counters, deliveries, endpoints, events
 from service.db.transaction import Transaction, one_by_one
 from service.events import failures, outbox
 from service.events.endpoint_health import success_rate
 from service.ids import rfc3339
+from service.strict_json import JSON
 
 # Waiting deliveries that are due at once when their endpoint works again, and then for each of them
 # that is delivered.
 FORWARD, MORE = 1000, 2
 MAX_ENDPOINTS = 100  # of one owner
+QUIET_MS = 60_000  # an endpoint recovers at most once in so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class EndpointRow:
     created_at: int
     failing_since: int | None  # every attempt has failed since
     paused_until: int | None  # asked for by Retry-After
+    recovered_at: int | None  # of the last `endpoint.recovered`
+    options: JSON | None  # see `endpoint_options.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,22 @@ def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
     outbox.emit_operators(tx, "endpoint.disabled", data)
 
 
+def recovered(tx: Transaction, endpoint: EndpointRow, *, tell: bool) -> None:
+    """The endpoint takes deliveries again. The operators' event comes at most once a minute, so
+    that an endpoint that fails now and then does not fill the outbox.
+    """
+    since, last = endpoint.failing_since, endpoint.recovered_at
+    assert since is not None
+    tell = tell and (last is None or not 0 <= tx.now - last < QUIET_MS)
+    told = {"recovered_at": tx.now} if tell else {}
+    update_endpoint(tx, endpoint.id, failing_since=None, **told)
+    bring_forward(tx, endpoint)
+    if tell:
+        data: JSON = {"endpoint_id": endpoint.id, "failing_since": rfc3339(since)}
+        data |= {"recovered_at": rfc3339(tx.now), "seconds": round((tx.now - since) / 1000, 1)}
+        outbox.emit_operators(tx, "endpoint.recovered", data)
+
+
 def end_pending_deliveries(tx: Transaction, endpoint_id: str) -> None:
     values = failures.ended(tx.now, "endpoint disabled")
     tx.connection.execute(_pending(endpoint_id).values(values))
@@ -139,9 +159,14 @@ def bring_forward(tx: Transaction, endpoint: EndpointRow, *, more: bool = False)
     tx.due.update(("deliver", "redeliver"))
 
 
+def type_of(tx: Transaction, row: Row) -> str | None:
+    """The type of a delivery's event."""
+    return tx.connection.scalar(select(events.c.type).where(events.c.id == row["event_id"]))
+
+
 def note_attempt(
     tx: Transaction,
-    endpoint_id: str,
+    row: Row,
     result: str,
     attempt: DeliveryAttempt,
     disable_after_ms: int = 0,
@@ -149,21 +174,20 @@ def note_attempt(
     manual: bool = False,
     more: bool = False,
 ) -> None:
-    """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
-    failed for `disable_after_ms`. A failed manual attempt does not start that time.
+    """Notes success and failure of a delivery on its endpoint. Disables it after 410, or when every
+    attempt has failed for `disable_after_ms`. A failed manual attempt does not start that time.
 
     The first success after failures brings waiting deliveries forward. Each of them that succeeds
     brings `more` of them.
     """
-    endpoint = lock_endpoint(tx, endpoint_id)
+    endpoint = lock_endpoint(tx, endpoint_id := row["endpoint_id"])
     if endpoint is None or endpoint.status == "disabled":
         return
     if attempt.url not in (None, endpoint.url):
         return
     if result == "delivered":
         if endpoint.failing_since is not None:
-            update_endpoint(tx, endpoint_id, failing_since=None)
-            bring_forward(tx, endpoint)
+            recovered(tx, endpoint, tell=type_of(tx, row) != "endpoint.recovered")
         elif more:
             bring_forward(tx, endpoint, more=True)
         return
@@ -193,6 +217,8 @@ class NewEndpointRow:
     types: Sequence[str]
     description: str
     secret: bytes
+    options: JSON | None = None
+    headers: bytes | None = None  # encrypted
     most: int = MAX_ENDPOINTS
 
 
@@ -223,6 +249,8 @@ class EndpointChange:
     description: str | None = None
     status: str | None = None  # enabled | paused | disabled
     delete: bool = False
+    options: JSON | None = None  # those that change
+    headers: bytes | None = None  # encrypted; empty: none
 
 
 @one_by_one
@@ -237,6 +265,10 @@ def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
         return True
     named = {"url": item.url, "types": item.types, "description": item.description}
     values: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if item.options:
+        values["options"] = {**(row.options or {}), **item.options}
+    if item.headers is not None:
+        values["headers"] = item.headers or None
     status = item.status if item.status != row.status else None
     if status is not None:
         values |= {"status": status, "status_since": tx.now}

@@ -15,6 +15,7 @@ from service.db.counters import next_numbers
 from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, steps, tasks
 from service.db.transaction import Emitted, Lease, Transaction
+from service.events import endpoint_options
 from service.events.documents import type_matches
 from service.ids import sequence_text
 from service.ops.metrics import Metrics
@@ -28,7 +29,10 @@ log = structlog.get_logger()
 OPERATORS = "admin"
 COLUMNS = ("sequence", "id", "owner", "type", "task_id", "called_back_at", "data")
 ORIGIN = tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent  # of an `Origin`
-SUBSCRIBER = ("id", "owner", "types", "url", "secret", "status", "paused_until")
+SUBSCRIBER = (
+    *("id", "owner", "types", "url", "secret", "status", "paused_until"),
+    *("options", "headers"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ class DeliveryToSend:
     event: Row | None
     planned_at: int | None = None  # when a delivery that was brought forward was due
     origin: Origin = NO_ORIGIN  # of the task
+    headers: bytes | None = None  # encrypted
+    paced: bool = False  # the endpoint has a rate
+    order_key: str | None = None  # the endpoint is ordered
+    behind: bool = False  # an earlier delivery of its key is pending
+    slot_at: int | None = None  # the time that the rate gave it
 
 
 def emit(
@@ -109,6 +118,9 @@ def flush(tx: Transaction) -> None:
     numbers = next_numbers(tx, "events", len(event_rows))
     for event, event_row, sequence in zip(tx.emitted, event_rows, numbers, strict=True):
         event.sequence = event_row["sequence"] = sequence
+    sequences = {event.id: event.sequence for event in tx.emitted}
+    for row in rows:
+        row["sequence"] = sequences[row["event_id"]] if row["order_key"] else None
     tx.connection.execute(insert(events), event_rows)
     if rows:
         tx.connection.execute(insert(deliveries), rows)
@@ -144,12 +156,14 @@ def _deliveries(
         for endpoint in subscribers
         if endpoint["owner"] in (None, event.owner)
         and any(type_matches(pattern, event.type) for pattern in endpoint["types"])
+        and endpoint_options.wants(endpoint["options"], event.data)
     ]
     if event.task_callback:
         targets.append((None, event.owner))
     rows = []
     for endpoint, owner in targets:
         delivery_id = tx.id("delivery")
+        options = None if endpoint is None else endpoint["options"]
         row = {
             "id": delivery_id,
             "owner": owner,
@@ -158,19 +172,27 @@ def _deliveries(
             "task_id": event.task_id,
             "state": "pending",
             "created_at": tx.now,
+            "order_key": endpoint_options.order_key(options, event.task_id, event.data),
         }
-        new = endpoint and DeliveryToSend(
-            id=delivery_id,
-            owner=owner,
-            endpoint_id=endpoint["id"],
-            task_id=event.task_id,
-            state="pending",
-            url=endpoint["url"],
-            secret=endpoint["secret"],
-            endpoint_status=endpoint["status"],
-            paused_until=endpoint["paused_until"],
-            event=event_row,
-            origin=origin_of(tx, event.task_id),
+        # The worker reads the row itself if it has to know of other deliveries.
+        new = (
+            None
+            if endpoint_options.paced(options)
+            else endpoint
+            and DeliveryToSend(
+                id=delivery_id,
+                owner=owner,
+                endpoint_id=endpoint["id"],
+                task_id=event.task_id,
+                state="pending",
+                url=endpoint["url"],
+                secret=endpoint["secret"],
+                endpoint_status=endpoint["status"],
+                paused_until=endpoint["paused_until"],
+                event=event_row,
+                origin=origin_of(tx, event.task_id),
+                headers=endpoint["headers"],
+            )
         )
         rows.append(row | leases.enqueue(tx, "deliver", delivery_id, new, owner=owner))
     event.deliveries = len(rows)

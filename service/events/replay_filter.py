@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, selec
 
 from service.db.paging import Row
 from service.db.tables import deliveries, events
+from service.events.endpoint_options import filter_conditions
 from service.events.endpoints import endpoint_row
 from service.events.feed import type_conditions
 
@@ -41,6 +42,7 @@ class ReplayExtent:
 def conditions(wanted: ReplayFilter, endpoint: Row) -> list[ColumnElement[bool]]:
     types = (endpoint["types"], wanted.types)
     found = [events.c.time >= wanted.since, *(type_conditions(each) for each in types if each)]
+    found += filter_conditions(endpoint["options"])
     if wanted.until is not None:
         found.append(events.c.time < wanted.until)
     if wanted.owner is not None:

@@ -16,7 +16,9 @@ from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
 from service.db.transaction import Lease, Transaction, one_by_one
 from service.events import outbox
+from service.events.delivery_order import release_waiting
 from service.events.delivery_replays import DeliveryFilter, record_selected, selected_page
+from service.events.endpoint_options import order_keys
 from service.events.endpoints import EndpointRow, endpoint_row, lock_endpoint
 from service.events.failures import ended, supersede
 from service.events.outbox import OPERATORS
@@ -174,6 +176,7 @@ def _redeliver(tx: Transaction, row: Row, endpoint: EndpointRow, page: ReplayPag
     """Makes deliveries of a page of events, and returns how many of these are still there."""
     kept = _still_there(tx, page.events)
     known = set() if row["only"] == "all" else _on_their_way(tx, row, endpoint, kept)
+    keys = order_keys(tx, endpoint.options, [event["id"] for event in kept])
     rows = [
         {
             "id": tx.id("delivery"),
@@ -185,10 +188,9 @@ def _redeliver(tx: Transaction, row: Row, endpoint: EndpointRow, page: ReplayPag
             "created_at": tx.now,
             "replay_id": row["id"],
             "due_at": tx.now,
-            "attempts": 0,
-            "fence": 0,
-            "deaths": 0,
-            "faults": 0,
+            **dict.fromkeys(("attempts", "fence", "deaths", "faults"), 0),
+            "order_key": keys.get(event["id"]),
+            "sequence": event["sequence"] if event["id"] in keys else None,
         }
         for event in kept
         if event["id"] not in known
@@ -258,6 +260,7 @@ def cancel_replays(tx: Transaction, item: tuple[str, str | None]) -> bool:
     tx.connection.execute(update(deliveries).where(older).values(replay_id=None))
     values = ended(tx.now, "replay cancelled")
     tx.connection.execute(update(deliveries).where(mine).values(values))
+    release_waiting(tx, row.endpoint_id)
     return True
 
 

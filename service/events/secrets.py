@@ -27,6 +27,7 @@ ROTATION_TRIES = 5
 COLUMNS: dict[str, tuple[Column[Any], Column[Any]]] = {
     "endpoints": (endpoints.c.id, endpoints.c.secret),
     "owners": (owners.c.name, owners.c.callback_secret),
+    "headers": (endpoints.c.id, endpoints.c.headers),
 }
 
 
@@ -79,7 +80,7 @@ async def rotate_secret(
 class SecretChange:
     """Replaces the encrypted secret `before` of a row of `table`."""
 
-    table: str  # endpoints | owners
+    table: str  # a key of `COLUMNS`
     key: str
     before: bytes
     after: bytes
@@ -104,5 +105,7 @@ def stored_secrets(
 ) -> list[tuple[str, bytes]]:
     """A page of ids or names with their encrypted secrets, in order, that come after `after`."""
     key, secret = COLUMNS[table]
-    rows = connection.execute(select(key, secret).where(key > after).order_by(key).limit(limit))
+    rows = connection.execute(
+        select(key, secret).where(key > after, secret.is_not(None)).order_by(key).limit(limit)
+    )
     return [(row[0], row[1]) for row in rows]

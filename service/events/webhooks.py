@@ -2,6 +2,7 @@
 `id.timestamp.body`.
 """
 
+import json
 import time
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ ANSWER_BYTES, ANSWER_S = 2048, 1.0  # of a body: the status line has decided alr
 PAUSE_LIMIT_S = 3600.0
 PROBLEM_CHARS = 500
 EVENT_TYPE, TASK_TYPE = "application/cloudevents+json", "application/json"
+
+
+def _lower(headers: str) -> dict[str, str]:
+    return {name.lower(): value for name, value in json.loads(headers).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ class WebhookSender:
         parent = event["traceparent"]
         with tracing.span(f"send {to}", "producer", parent, linked=late, attributes=about) as span:
             if delivery.endpoint_id is not None:
-                attempt = await self.send_event(event, delivery.url, delivery.secret)
+                headers = delivery.headers
+                attempt = await self.send_event(event, delivery.url, delivery.secret, headers)
             else:
                 egress = self.resources.task_callbacks
                 attempt = await self._post(egress, delivery.url, event, TASK_TYPE, delivery.secret)
@@ -61,18 +67,27 @@ class WebhookSender:
         assert delivery.url is not None
         assert delivery.secret is not None
         content_type = TASK_TYPE if delivery.endpoint_id is None else EVENT_TYPE
-        return delivery.url, *self._signed(delivery.event, content_type, delivery.secret)
+        signed = self._signed(delivery.event, content_type, delivery.secret, delivery.headers)
+        return delivery.url, *signed
 
-    async def send_event(self, event: Row, url: str, secret: bytes) -> DeliveryAttempt:
-        return await self._post(self.resources.endpoints, url, event, EVENT_TYPE, secret)
+    async def send_event(
+        self, event: Row, url: str, secret: bytes, headers: bytes | None
+    ) -> DeliveryAttempt:
+        return await self._post(self.resources.endpoints, url, event, EVENT_TYPE, secret, headers)
 
     async def _post(
-        self, egress: Egress, url: str, event: Row, content_type: str, secret: bytes
+        self,
+        egress: Egress,
+        url: str,
+        event: Row,
+        content_type: str,
+        secret: bytes,
+        static: bytes | None = None,
     ) -> DeliveryAttempt:
         attempt_id, started = self.resources.id("attempt"), time.perf_counter()
         ours = False
         try:
-            headers, body = self._signed(event, content_type, secret)
+            headers, body = self._signed(event, content_type, secret, static)
             answer = await egress.request(
                 "POST",
                 url,
@@ -101,17 +116,22 @@ class WebhookSender:
         duration_ms = round((time.perf_counter() - started) * 1000)
         return DeliveryAttempt(attempt_id, None, duration_ms, problem, ours=ours, url=url)
 
-    def _signed(self, event: Row, content_type: str, secret: bytes) -> tuple[dict[str, str], bytes]:
-        """The headers and the body that they sign."""
+    def _signed(
+        self, event: Row, content_type: str, secret: bytes, static: bytes | None
+    ) -> tuple[dict[str, str], bytes]:
+        """The headers, the endpoint's `static` ones among them, and the body that they sign."""
         now = self.resources.clock()
         document = event_document(event, self.resources.links)
         body = compact_json(document["data"] if content_type == TASK_TYPE else document).encode()
-        secrets = valid_secrets(self.resources.keyring.decrypt(secret), now)
+        keyring, id, time_s = self.resources.keyring, event["id"], now // 1000
+        secrets = valid_secrets(keyring.decrypt(secret), now)
+        signatures = sign_webhook(secrets, id, time_s, body)
         headers = {
+            **_lower(keyring.decrypt(static) if static else "{}"),
             "content-type": content_type,
-            "webhook-id": event["id"],
-            "webhook-timestamp": str(now // 1000),
-            "webhook-signature": sign_webhook(secrets, event["id"], now // 1000, body),
+            "webhook-id": id,
+            "webhook-timestamp": str(time_s),
+            "webhook-signature": f"{signatures} {keyring.sign_openly(id, time_s, body)}",
         }
         return headers, body
 

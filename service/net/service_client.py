@@ -59,12 +59,12 @@ class ServiceClient:
         params: Mapping[str, Any] | None = None,
         body: Mapping[str, Any] | None = None,
         file: BinaryIO | None = None,
+        content: bytes | Iterable[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> ServiceAnswer:
         """One request, with any status. Raises NotConnected, CallTimedOut, ConnectionLost."""
         path = f"{self._path}{path}" + (f"?{urlencode(params)}" if params else "")
         fields = dict(headers or {})
-        content: bytes | Iterable[bytes] | None = None
         if body is not None:
             content = json.dumps(body).encode()
             fields["content-type"] = "application/json"

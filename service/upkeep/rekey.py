@@ -10,7 +10,7 @@ import asyncio
 import structlog
 
 from service.errors import ConfigurationError
-from service.events.secrets import SecretChange, change_secrets, stored_secrets
+from service.events.secrets import COLUMNS, SecretChange, change_secrets, stored_secrets
 from service.resources import Resources
 
 log = structlog.get_logger()
@@ -25,7 +25,7 @@ async def rekey(resources: Resources) -> int:
     StoreUnavailable: the rest waits for the next run.
     """
     renewed, unreadable = 0, 0
-    for table in ("endpoints", "owners"):
+    for table in COLUMNS:
         last = ""
         while page := await resources.store.read(stored_secrets, table, last, PAGE):
             for key, secret in page:

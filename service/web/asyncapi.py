@@ -47,7 +47,7 @@ SIGNED = ("webhooks", "taskCallbacks")
 HEADERS = {
     "webhook-id": "the event's id, the same in each delivery",
     "webhook-timestamp": "of this attempt, in seconds since 1970 UTC",
-    "webhook-signature": "`v1,…` for each valid secret, space-separated",
+    "webhook-signature": "`v1,…` for each valid secret and `v1a,…` (Ed25519), space-separated",
 }
 SEQUENCE = {"type": "string", "pattern": "^[0-9]{20}$"}
 RESYNC_SCHEMA = {

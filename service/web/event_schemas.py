@@ -158,6 +158,15 @@ class EndpointDisabled(BaseModel):
     disabled_at: str
 
 
+class EndpointRecovered(BaseModel):
+    """An attempt succeeded after every attempt had failed."""
+
+    endpoint_id: str
+    failing_since: str
+    recovered_at: str
+    seconds: float
+
+
 class EndpointTest(BaseModel):
     """Requested by the endpoint's owner. No list of events contains it."""
 
@@ -221,6 +230,7 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
     "task.parked": Parked,
     "image.at_risk": AtRisk,
     "endpoint.disabled": EndpointDisabled,
+    "endpoint.recovered": EndpointRecovered,
     "delivery.exhausted": DeliveryExhausted,
     "account.refused": AccountRefused,
     "account.restored": AccountRestored,

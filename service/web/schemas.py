@@ -7,16 +7,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validato
 from service.ids import UPSTREAM_ID
 from service.web.catalogue_schemas import BudgetFigures, Credits
 from service.web.event_schemas import EventTask
-from service.web.field_schemas import (
-    Body,
-    EndpointStatus,
-    OptionalBody,
-    Owner,
-    Patterns,
-    Text,
-    TrimmedUrl,
-    list_of,
-)
+from service.web.field_schemas import Body, OptionalBody, Owner, Patterns, list_of
 
 ONE_OF_BOTH: dict[str, Any] = {
     "oneOf": [
@@ -81,22 +72,6 @@ class Timeline(BaseModel):
     data: list[Step]
 
 
-class NewEndpoint(Body):
-    url: TrimmedUrl
-    types: Patterns = Field(["image.task.*"])
-    description: Text = Field("", max_length=500)
-    owner: Owner | None = Field(
-        None, description="admin: an owner's name, or null for the events of all owners"
-    )
-
-
-class EndpointPatch(Body):
-    url: TrimmedUrl | None = None
-    types: Patterns | None = None
-    description: Text | None = Field(None, max_length=500)
-    status: EndpointStatus | None = None
-
-
 class Rotation(OptionalBody):
     overlap_s: float = Field(
         86_400, ge=0, le=30 * 86_400, description="for how long the old secret signs too"
@@ -140,37 +115,6 @@ class Replay(BaseModel):
     dead: int
     created_at: str
     finished_at: str | None
-
-
-class Missed(BaseModel):
-    """The events that a disabled endpoint missed. `POST …/replay` with this `since` sends them."""
-
-    since: str
-    count: int
-
-
-class Endpoint(BaseModel):
-    id: str
-    owner: str | None
-    url: str
-    types: list[str]
-    description: str
-    status: EndpointStatus
-    created_at: str
-    disabled_at: str | None
-    disabled_reason: str | None
-    status_since: str | None = Field(description="null: since before the service noted it")
-    failing_since: str | None = Field(description="every attempt has failed since; else null")
-    success_rate: float | None = Field(
-        description="0 to 1, of the attempts of the last 24 hours, at most the latest 500"
-    )
-    replay: Missed | None = Field(
-        description="in the response that enables a disabled endpoint, else null"
-    )
-
-
-class EndpointWithSecret(Endpoint):
-    secret: str
 
 
 class Attempt(BaseModel):
@@ -255,5 +199,5 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
-TaskList, EndpointList = list_of(Task), list_of(Endpoint)
+TaskList = list_of(Task)
 DeliveryList, KeyList = list_of(Delivery), list_of(Key)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Sequence
 from html import unescape
+from typing import Any
 
 import httpx
 import pytest
@@ -214,8 +215,18 @@ async def test_an_endpoint_is_created_tested_paused_rotated_and_deleted(
     await visitor.get(new)
     page = await visitor.post(new, 400, url="ftp://x", types="*")
     assert 'aria-invalid="true"' in page
+    page = await visitor.post(new, 400, url=f"{shop.url}/a", headers="host=x", rate_per_s="1")
+    assert "is reserved" in page
+    assert 'value="1"' in page
+    options = {
+        "ordered": "on",
+        "ordered_by": "user",
+        "metadata": "shop=a=b\nkind=c",
+        "headers": "X-Env=prod",
+        "rate_per_s": "2.5",
+    }
     page = await visitor.post(
-        new, 201, url=f"{shop.url}/a", types="task.parked", description=HOSTILE
+        new, 201, url=f"{shop.url}/a", types="task.parked", description=HOSTILE, **options
     )
     assert page.count("whsec_") >= 1
     found = re.search("/console/(endpoints/ep_[a-z0-9]+)", page)
@@ -223,6 +234,13 @@ async def test_an_endpoint_is_created_tested_paused_rotated_and_deleted(
     path = f"/console/{found[1]}"
     page = await visitor.get(path)
     assert "whsec_" not in page
+    for shown in ("by user", "shop=a=b", "kind=c", "X-Env", "2.5 a second"):
+        assert shown in page
+    page = await visitor.get(f"{path}/edit")
+    for shown in ("checked", "shop=a=b\nkind=c", "X-Env=prod", 'value="2.5"'):
+        assert shown in page
+    plain: dict[str, Any] = {"url": f"{shop.url}/a", "types": "task.parked", "description": HOSTILE}
+    assert "X-Env" not in await visitor.post(f"{path}/edit", **plain)
     await visitor.get("/console/endpoints")
     assert "editable" not in await visitor.get(f"{path}/test")
     sample = json.dumps({"hello": HOSTILE})

@@ -32,7 +32,7 @@ async def subscribe(here: World, owner: str, url: str, count: int) -> None:
     resources = here.context.resources
     secret = resources.keyring.encrypt("whsec_" + "QUJD" * 8)
     rows = [
-        NewEndpointRow(resources.id("endpoint"), owner, url, ("*",), "", secret, SILENT)
+        NewEndpointRow(resources.id("endpoint"), owner, url, ("*",), "", secret, most=SILENT)
         for _ in range(count)
     ]
     assert all(

@@ -11,7 +11,14 @@ from openapi_spec_validator import validate
 from starlette.responses import Response
 
 from service import VERSION
-from service.web import catalogue_schemas, field_schemas, money_schemas, operator_schemas, schemas
+from service.web import (
+    catalogue_schemas,
+    endpoint_schemas,
+    field_schemas,
+    money_schemas,
+    operator_schemas,
+    schemas,
+)
 from service.web.file_schemas import EncodedUpload, FormBody, LinkedUpload
 from service.web.key_schemas import NewKey
 from service.web.openapi import document
@@ -165,8 +172,8 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
         bodies: dict[type[Any], JSON] = {
             field_schemas.Submission: order(),
             catalogue_schemas.EstimatedSubmission: order(),
-            schemas.NewEndpoint: {"url": takes.url},
-            schemas.EndpointPatch: {"description": "d"},
+            endpoint_schemas.NewEndpoint: {"url": takes.url},
+            endpoint_schemas.EndpointPatch: {"description": "d"},
             NewKey: {"owner": "y", "scopes": ["read"]},
             schemas.Resolution: {"as": "failed"},
             schemas.Rotation: {"overlap_s": 0},

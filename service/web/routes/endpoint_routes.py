@@ -1,5 +1,6 @@
 """Endpoints: the receivers of webhooks."""
 
+import json
 import os
 from contextlib import suppress
 from functools import partial
@@ -8,11 +9,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.db.paging import Row
-from service.errors import ApiError, EgressRefused, NotConnected
+from service.errors import ApiError, ConfigurationError, EgressRefused, NotConnected
 from service.events import endpoints
 from service.events.delivery_worker import send_test
 from service.events.documents import attempt_document
 from service.events.endpoint_health import health_document, recent_attempts
+from service.events.endpoint_options import OPTIONS, all_options
 from service.events.endpoints import EndpointChange, NewEndpointRow
 from service.events.replay_filter import ReplayFilter, replay_extent
 from service.events.secrets import rotate_secret
@@ -26,13 +28,16 @@ from service.web.auth import caller_of
 from service.web.bodies import read_model
 from service.web.context import context_of, resources_of
 from service.web.delivery_schemas import EndpointSample
+from service.web.endpoint_schemas import EndpointPatch, NewEndpoint
 from service.web.list_page import page, position_of
-from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
+from service.web.schemas import Rotation
 
 
-def shown(row: Row, replay: JSON | None = None) -> JSON:
+def shown(row: Row, headers: JSON, replay: JSON | None = None) -> JSON:
     return {
         **{name: row[name] for name in ("id", "owner", "url", "types", "description", "status")},
+        **all_options(row["options"]),
+        "headers": headers,
         "created_at": rfc3339(row["created_at"]),
         "disabled_at": rfc3339_or_none(row["disabled_at"]),
         "disabled_reason": row["disabled_reason"],
@@ -41,6 +46,30 @@ def shown(row: Row, replay: JSON | None = None) -> JSON:
         "success_rate": None if (rate := row["success_rate"]) is None else round(float(rate), 4),
         "replay": replay,
     }
+
+
+def document(resources: Resources, row: Row, replay: JSON | None = None) -> JSON:
+    """The endpoint as its owner sees it. No key decrypts its headers: `headers` is empty, and every
+    delivery says so.
+    """
+    headers: JSON = {}
+    if row["headers"]:
+        with suppress(ConfigurationError):
+            headers = json.loads(resources.keyring.decrypt(row["headers"]))
+    return shown(row, headers, replay)
+
+
+def options_of(body: NewEndpoint | EndpointPatch) -> JSON:
+    """The options that the body names. Null is their default, as in a new endpoint."""
+    given = {name: getattr(body, name) for name in OPTIONS if name in body.model_fields_set}
+    return {name: OPTIONS[name] if value is None else value for name, value in given.items()}
+
+
+def encrypted(resources: Resources, body: NewEndpoint | EndpointPatch) -> bytes | None:
+    """None: the body does not name the headers. Empty: there are none."""
+    if "headers" not in body.model_fields_set:
+        return None
+    return resources.keyring.encrypt(json.dumps(body.headers)) if body.headers else b""
 
 
 async def check_url(resources: Resources, url: str) -> None:
@@ -61,14 +90,17 @@ async def create(request: Request) -> Response:
         raise ApiError(403, "permission_denied", message, param="owner")
     await check_url(resources, body.url)
     id, secret = resources.id("endpoint"), new_secret(os.urandom(32))
-    encrypted = resources.keyring.encrypt(secret)
-    most, types = context_of(request).max_endpoints, tuple(body.types)
-    endpoint = NewEndpointRow(id, owner, body.url, types, body.description, encrypted, most)
+    most, headers = context_of(request).max_endpoints, encrypted(resources, body) or None
+    kept = resources.keyring.encrypt(secret)
+    values = id, owner, body.url, tuple(body.types), body.description, kept
+    endpoint = NewEndpointRow(*values, options_of(body) or None, headers, most)
     act = "endpoint.create", id, endpoints.insert_endpoints, endpoint, unless("too_many_endpoints")
     if not await perform(request, *act):
         message = f"an owner has at most {most} endpoints (DARKROOM_MAX_ENDPOINTS)"
         raise ApiError(422, "too_many_endpoints", message)
-    return JSONResponse({**shown(await endpoint_of(request, id)), "secret": secret}, 201)
+    return JSONResponse(
+        {**document(resources, await endpoint_of(request, id)), "secret": secret}, 201
+    )
 
 
 async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:
@@ -86,13 +118,13 @@ def endpoint_not_found() -> ApiError:
 
 async def read(request: Request) -> Response:
     """Show an endpoint."""
-    return JSONResponse(shown(await endpoint_of(request)))
+    return JSONResponse(document(resources_of(request), await endpoint_of(request)))
 
 
 async def listed(request: Request) -> Response:
     """List endpoints, newest first."""
     rows = partial(endpoints.endpoint_list, now=resources_of(request).store.clock())
-    return await page(request, rows, position_of, shown)
+    return await page(request, rows, position_of, partial(document, resources_of(request)))
 
 
 async def patch(request: Request) -> Response:
@@ -103,15 +135,18 @@ async def patch(request: Request) -> Response:
         await check_url(resources, body.url)
     types = None if body.types is None else tuple(body.types)
     owner = caller_of(request).sees
-    change = EndpointChange(id, owner, body.url, types, body.description, body.status)
+    values = id, owner, body.url, types, body.description, body.status
+    options, headers = options_of(body), encrypted(resources, body)
+    change = EndpointChange(*values, options=options, headers=headers)
     since = (await endpoint_of(request))["disabled_at"]
     await _change(request, change, "endpoint.patch")
     row = await endpoint_of(request)
     if since is None or row["disabled_at"] is not None:
-        return JSONResponse(shown(row))
+        return JSONResponse(document(resources, row))
     missed = ReplayFilter(id, row["owner"], since, None, (), "undelivered")
     extent = await resources.store.read(replay_extent, missed)
-    return JSONResponse(shown(row, {"since": rfc3339(since), "count": extent.count}))
+    replay = {"since": rfc3339(since), "count": extent.count}
+    return JSONResponse(document(resources, row, replay))
 
 
 async def delete(request: Request) -> Response:
@@ -134,7 +169,7 @@ async def rotate(request: Request) -> Response:
     store, keyring, now = resources.store, resources.keyring, resources.clock()
     write = performing(request, "endpoint.rotate", id, None, unless("conflict"))
     secret = await rotate_secret(store, keyring, now, "endpoints", id, overlap_s, write)
-    return JSONResponse({**shown(await endpoint_of(request)), "secret": secret})
+    return JSONResponse({**document(resources, await endpoint_of(request)), "secret": secret})
 
 
 async def test(request: Request) -> Response:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from service.web import delivery_schemas, money_schemas, schemas
+from service.web import delivery_schemas, endpoint_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.catalogue_schemas import (
     CatalogueList,
@@ -31,6 +31,7 @@ from service.web.file_schemas import (
 from service.web.key_schemas import NewKey
 from service.web.money_schemas import BudgetChange, OwnersBudget
 from service.web.openapi import document as openapi_document
+from service.web.public_keys import PublicKeys, public_keys
 from service.web.published import Published
 from service.web.routes import admin_routes as admin
 from service.web.routes import catalogue_routes as catalogue
@@ -99,25 +100,25 @@ SPECS = (
         "POST /v1/endpoints",
         endpoints.create,
         "subscribe",
-        schemas.EndpointWithSecret,
-        schemas.NewEndpoint,
+        endpoint_schemas.EndpointWithSecret,
+        endpoint_schemas.NewEndpoint,
         status=201,
     ),
-    spec(f"GET /v1/endpoints?{PAGE}", endpoints.listed, "subscribe", schemas.EndpointList),
-    spec("GET /v1/endpoints/{endpoint_id}", endpoints.read, "subscribe", schemas.Endpoint),
+    spec(f"GET /v1/endpoints?{PAGE}", endpoints.listed, "subscribe", endpoint_schemas.EndpointList),
+    spec("GET /v1/endpoints/{endpoint_id}", endpoints.read, "subscribe", endpoint_schemas.Endpoint),
     spec(
         "PATCH /v1/endpoints/{endpoint_id}",
         endpoints.patch,
         "subscribe",
-        schemas.Endpoint,
-        schemas.EndpointPatch,
+        endpoint_schemas.Endpoint,
+        endpoint_schemas.EndpointPatch,
     ),
     spec("DELETE /v1/endpoints/{endpoint_id}", endpoints.delete, "subscribe"),
     spec(
         "POST /v1/endpoints/{endpoint_id}/rotate",
         endpoints.rotate,
         "subscribe",
-        schemas.EndpointWithSecret,
+        endpoint_schemas.EndpointWithSecret,
         schemas.Rotation,
     ),
     spec(
@@ -198,6 +199,7 @@ SPECS = (
     spec("GET /metrics", health.metrics, "admin"),
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
+    spec("GET /.well-known/jwks.json", public_keys, "", PublicKeys),
 )
 OPENAPI = Published(lambda: openapi_document(SPECS))
 ASYNCAPI = Published(asyncapi_document)

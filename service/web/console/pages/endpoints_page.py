@@ -14,6 +14,8 @@ ONE = f"{LIST}/{{endpoint_id}}"
 API = "/v1/endpoints/{endpoint_id}"
 PAGE = 10
 FIELDS, ALL_TASKS = ("url", "types", "description"), "image.task.*"
+LINES = ("metadata", "headers")  # NAME=VALUE, one in a line
+MORE = ("ordered", "ordered_by", "rate_per_s", *LINES)
 # The acts. Each has its label, the question, what will happen, what was done.
 ACTS = {
     "pause": (
@@ -74,7 +76,7 @@ def acts(endpoint: JSON) -> list[tuple[str, str]]:
 
 
 async def new(visit: Visit, error: ApiError | None = None) -> Response:
-    given = {name: visit.form.get(name) for name in FIELDS}
+    given = {name: visit.form.get(name) for name in FIELDS + MORE}
     given["types"] = given["types"] or ALL_TASKS
     return visit.render("endpoint_new.html", given=given, error=error)
 
@@ -82,7 +84,37 @@ async def new(visit: Visit, error: ApiError | None = None) -> Response:
 def body_of(visit: Visit) -> JSON:
     """What the form of an endpoint says."""
     types = visit.form.get("types").replace(",", " ").split() or [ALL_TASKS]
-    return {name: visit.form.get(name) for name in FIELDS} | {"types": types}
+    rate = visit.form.get("rate_per_s")
+    return {
+        **{name: visit.form.get(name) for name in FIELDS},
+        **{name: pairs_of(name, visit.form.get(name)) for name in LINES},
+        "types": types,
+        "ordered": visit.form.get("ordered") == "on",
+        "ordered_by": visit.form.get("ordered_by") or None,
+        "rate_per_s": number(rate) if rate else None,
+    }
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        message = f"rate_per_s must be a number, not {text[:40]!r}"
+        raise invalid_request(message, "rate_per_s") from None
+
+
+def pairs_of(name: str, text: str) -> dict[str, str]:
+    found = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        key, equals, value = line.partition("=")
+        if not equals or not key.strip():
+            raise invalid_request(f"{name}: {line[:40]!r} is not NAME=VALUE", name)
+        found[key.strip()] = value.strip()
+    return found
+
+
+def lines_of(pairs: dict[str, str]) -> str:
+    return "\n".join(f"{name}={value}" for name, value in pairs.items())
 
 
 async def create(visit: Visit) -> Response:
@@ -96,8 +128,9 @@ async def create(visit: Visit) -> Response:
 async def edit(visit: Visit, error: ApiError | None = None) -> Response:
     found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
     given = {**found, "types": " ".join(found["types"])}
+    given |= {name: lines_of(found[name]) for name in LINES}
     if error:
-        given |= {name: visit.form.get(name) for name in FIELDS}
+        given |= {name: visit.form.get(name) for name in FIELDS + MORE}
     return visit.render("endpoint_edit.html", given=given, error=error, endpoint=found)
 
 

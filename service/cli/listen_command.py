@@ -1,0 +1,99 @@
+"""`darkroom listen`: forwards events to a program on this machine, signed as webhooks."""
+
+import os
+import time
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from service.cli.api_client import ServiceUnreachable, api_client
+from service.cli.output import Json, Text, Texts, option, put, put_json, remark
+from service.errors import EgressError
+from service.signing import new_secret, sign_webhook
+from service.strict_json import JSON, compact_json
+
+PAGE, WAIT_S, MAX_FAILURES = 100, 30, 8
+NO_TASK = "task_none"  # an empty page: the service examined all events, and names the last
+
+
+def listen(
+    url: Annotated[str, typer.Argument(help="Like http://127.0.0.1:3000/hooks.", metavar="URL")],
+    type: Annotated[
+        Texts, option("image.task.*, a type, or *; may be repeated.", metavar="TYPE")
+    ] = None,
+    after: Annotated[Text, option("Also the events after this sequence.", metavar="SEQ")] = None,
+    secret: Annotated[
+        Text, option("Signs the requests. By default a new one, which is shown.", metavar="whsec_…")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Forward events to a program on this machine, signed as webhooks, until interrupted. Each is
+    sent once, in order.
+    """
+    receiver(url)
+    secret = checked(secret) if secret else new_secret(os.urandom(32))
+    client, query = api_client(), {"type": ",".join(type or []) or None, "limit": PAGE}
+    last = after
+    if last is None:
+        last = client.call("GET", "/v1/events", params={"task": NO_TASK})["next_after"]
+    started = {"url": url, "secret": secret, "after": last}
+    put_json(started) if as_json else put(f"forwarding to {url}, signed with {secret}")
+    failures = 0
+    while True:
+        try:
+            page = client.call("GET", "/v1/events", params={**query, "after": last, "wait": WAIT_S})
+            failures = 0
+        except (ServiceUnreachable, EgressError):
+            failures += 1
+            if failures == MAX_FAILURES:
+                raise
+            time.sleep(2 ** (failures - 1))
+            continue
+        if page["resync"]:
+            remark(f"events after {last} are no longer all kept")
+        for event in page["data"]:
+            forward(url, secret, event, as_json)
+        last = page["next_after"]
+
+
+def receiver(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise typer.BadParameter(f"{url!r} is no http or https address", param_hint="URL")
+
+
+def checked(secret: str) -> str:
+    try:
+        sign_webhook([secret], "evt", 0, b"")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--secret") from None
+    return secret
+
+
+def forward(url: str, secret: str, event: JSON, as_json: bool) -> None:
+    """Sends one event, and prints what the program answered. A failure is not retried."""
+    from service.net.service_client import ServiceClient
+
+    parts, body, now = urlsplit(url), compact_json(event).encode(), int(time.time())
+    headers = {
+        "content-type": "application/cloudevents+json",
+        "webhook-id": event["id"],
+        "webhook-timestamp": str(now),
+        "webhook-signature": sign_webhook([secret], event["id"], now, body),
+    }
+    path = parts.path or "/"
+    path += f"?{parts.query}" if parts.query else ""
+    status, error = None, None
+    started = time.monotonic()
+    try:
+        target = ServiceClient(f"{parts.scheme}://{parts.netloc}", None)
+        status = target.call("POST", path, content=body, headers=headers).status
+    except EgressError as failure:
+        error = str(failure)
+    milliseconds = round((time.monotonic() - started) * 1000)
+    said = {"sequence": event["sequence"], "id": event["id"], "type": event["type"]}
+    if as_json:
+        put_json({**said, "status": status, "error": error, "duration_ms": milliseconds})
+    else:
+        put(f"{event['id']}  {event['type']}  {status or error}  {milliseconds} ms")

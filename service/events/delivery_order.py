@@ -1,0 +1,117 @@
+"""The order of deliveries to an ordered endpoint, and the pace of one with a rate.
+
+Deliveries of one key go one after another, by the sequence of their events. A delivery waits
+behind the pending ones before it. Every transaction that ends a delivery makes the next one of its
+key due.
+
+Both sides lock the delivery in front and pass over a locked row, so that neither waits for the
+other: a delivery that finds the one in front locked looks again after `LOOK_MS`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, update
+
+from service.db.paging import Row
+from service.db.tables import deliveries, endpoints
+from service.db.transaction import Transaction
+from service.strict_json import JSON
+
+LOOK_MS, LATE_MS = 500, 60_000
+columns = deliveries.c
+
+
+def _in_front(row: Row) -> Select[tuple[str, int | None]]:
+    """The pending deliveries before this one, the first of them first."""
+    earlier = or_(
+        columns.sequence < row["sequence"],
+        and_(columns.sequence == row["sequence"], columns.id < row["id"]),
+    )
+    return _pending(row["endpoint_id"], row["order_key"], earlier)
+
+
+def _pending(endpoint_id: str, key: str, where: ColumnElement[bool]) -> Select[tuple[str, int]]:
+    statement = select(columns.id, columns.due_at).where(
+        columns.endpoint_id == endpoint_id,
+        columns.order_key == key,
+        columns.state == "pending",
+        where,
+    )
+    return statement.order_by(columns.sequence, columns.id).limit(1)
+
+
+def is_behind(connection: Connection, row: Row) -> bool:
+    return connection.execute(_in_front(row)).first() is not None
+
+
+def wait_behind(tx: Transaction, row: Row) -> int:
+    """How long a delivery waits for the one in front of it, if nothing makes it due earlier."""
+    statement = _in_front(row).with_for_update(skip_locked=True)
+    found = tx.connection.execute(statement).first()
+    if found is None:  # it has ended, or another transaction records it now
+        return LOOK_MS
+    return max(0, (found.due_at or 0) - tx.now) + LATE_MS
+
+
+def release_next(tx: Transaction, row: Row) -> None:
+    """Makes the first pending delivery of the key due, after one of them has ended."""
+    if row["order_key"] is None or row["endpoint_id"] is None:
+        return
+    following = _pending(row["endpoint_id"], row["order_key"], columns.id != row["id"])
+    found = tx.connection.execute(following.with_for_update(skip_locked=True)).first()
+    if found is None:
+        return
+    free = and_(columns.id == found.id, columns.attempts == 0, columns.due_at > tx.now)
+    tx.connection.execute(update(deliveries).where(free).values(due_at=tx.now))
+    tx.due.update(("deliver", "redeliver"))
+
+
+def release_waiting(tx: Transaction, endpoint_id: str) -> None:
+    """Makes the deliveries due that wait behind others, after many of them have ended."""
+    waiting = and_(columns.endpoint_id == endpoint_id, columns.order_key.is_not(None))
+    waiting = and_(waiting, columns.state == "pending", columns.attempts == 0)
+    values = {columns.due_at: tx.now}
+    tx.connection.execute(update(deliveries).where(waiting, columns.due_at > tx.now).values(values))
+    tx.due.update(("deliver", "redeliver"))
+
+
+@dataclass(frozen=True, slots=True)
+class RateRequest:
+    """A delivery that wants to be sent now to an endpoint with a rate."""
+
+    delivery_id: str
+    endpoint_id: str
+    slot_at: int | None  # what an earlier request got
+
+
+def take_times(tx: Transaction, items: Sequence[RateRequest]) -> list[int]:
+    """How many milliseconds each delivery waits for its turn, 0: it is sent now.
+
+    The endpoint's row has the next free time, so that all processes together keep the rate. A
+    delivery keeps the time that it got. A time that has passed by more than a second is void, or
+    the deliveries of an outage would come all at once.
+    """
+    return [_take(tx, item) for item in items]
+
+
+def _take(tx: Transaction, item: RateRequest) -> int:
+    mine = endpoints.c.id == item.endpoint_id
+    statement = select(endpoints.c.options, endpoints.c.slot_at).where(mine).with_for_update()
+    row = tx.connection.execute(statement).first()
+    interval = interval_ms(row.options if row else None)
+    if row is None or not interval:
+        return 0
+    if item.slot_at is not None and item.slot_at > tx.now - max(1000, interval):
+        return max(0, item.slot_at - tx.now)
+    slot = max(tx.now, row.slot_at or 0)
+    tx.connection.execute(update(endpoints).where(mine).values(slot_at=slot + interval))
+    place = update(deliveries).where(columns.id == item.delivery_id).values(slot_at=slot)
+    tx.connection.execute(place)
+    return slot - tx.now
+
+
+def interval_ms(options: JSON | None) -> int:
+    rate = (options or {}).get("rate_per_s")
+    return math.ceil(1000 / rate) if rate else 0
