@@ -21,12 +21,18 @@ ASKING = "QSH"
 
 @contextmanager
 def counted_statements() -> Iterator[list[str]]:
-    """The statements of connections to SQLite that open from now on, in order."""
+    """The statements of connections to SQLite that open from now on, in order. A statement that
+    fires triggers is traced again for each of them, and counts once.
+    """
     statements: list[str] = []
+
+    def note(text: str) -> None:
+        if statements[-1:] != [text]:
+            statements.append(text)
 
     def trace(connection: object, _: object) -> None:
         if isinstance(connection, sqlite3.Connection):
-            connection.set_trace_callback(statements.append)
+            connection.set_trace_callback(note)
 
     event.listen(Engine, "connect", trace)
     try:

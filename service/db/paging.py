@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, or_
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, tuple_
 
 Row = RowMapping | Mapping[str, Any]
 After = tuple[int, str] | None  # time and id of the last row of the page before
@@ -48,15 +48,16 @@ def matching(statement: Select[Any], table: Any, **values: Any) -> Select[Any]:
     return statement.where(*conditions(table, **values))
 
 
-def page(statement: Select[Any], table: Any, wanted: Selection) -> Select[Any]:
-    """Newest first. A page costs the same at any depth of the list."""
-    created, key = table.c.created_at, table.c.id
+def page(statement: Select[Any], table: Any, wanted: Selection, key: str = "id") -> Select[Any]:
+    """Newest first. A page costs the same at any depth of the list: databases look up the pair of
+    time and `key` in an index, which they cannot do with the same condition as `OR`.
+    """
+    created, last = table.c.created_at, table.c[key]
     owner, since, until = wanted.owner, wanted.since, wanted.until
     statement = matching(statement, table, owner=owner, since=since, until=until)
     if wanted.after is not None:
-        time, id = wanted.after
-        statement = statement.where(or_(created < time, and_(created == time, key < id)))
-    return statement.order_by(created.desc(), key.desc()).limit(wanted.limit)
+        statement = statement.where(tuple_(created, last) < tuple_(*wanted.after))
+    return statement.order_by(created.desc(), last.desc()).limit(wanted.limit)
 
 
 def courtesy(connection: Connection) -> Callable[[], None]:

@@ -62,22 +62,14 @@ for queue in QUEUES.values():
     due = queue.column("due_at")
     columns = [queue.order, due] if queue.stage == "submit" else [due]
     waiting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
-    name = f"{queue.stage}_next" if queue.table is deliveries else queue.stage
-    _partial(f"ix_{queue.table.name}_{name}_due_at", waiting, *columns)
     if queue.table is deliveries:
         _partial(f"ix_deliveries_{queue.stage}_due_at_owner", waiting, due, deliveries.c.owner)
+    else:
+        _partial(f"ix_{queue.table.name}_{queue.stage}_due_at", waiting, *columns)
 
 for queue in LEASED:
     deaths = queue.column("deaths")
     _partial(f"ix_{queue.table.name}_{queue.prefix}deaths", deaths > ZERO, deaths)
-
-# Processes of schema 0001 still claim by these two during an upgrade. A later migration drops them.
-for name, tried in (
-    ("deliver", deliveries.c.attempts == ZERO),
-    ("redeliver", deliveries.c.attempts > ZERO),
-):
-    due = deliveries.c.due_at
-    _partial(f"ix_deliveries_{name}_due_at", and_(due.is_not(None), tried), due)
 
 # The deliveries that an endpoint waits for, soonest first.
 _waiting = and_(deliveries.c.due_at.is_not(None), deliveries.c.endpoint_id.is_not(None))
@@ -106,13 +98,14 @@ _partial("ix_tasks_owner_submit_turn", _unsubmitted, tasks.c.owner, tasks.c.subm
 
 def release_all(connection: Connection) -> None:
     """Ends every lease and counts it as a crash. Only for a store whose lock proves that no other
-    process uses it (SQLite, at the start).
+    process uses it (SQLite, at the start). A leased row is due, so each queue's index finds it.
     """
-    for queue in LEASED:
+    for queue in QUEUES.values():
         until, deaths = queue.column("lease_until"), queue.column("deaths")
+        where = () if queue.where is None else (queue.where,)
         connection.execute(
             update(queue.table)
-            .where(until.is_not(None))
+            .where(queue.column("due_at").is_not(None), until.is_not(None), *where)
             .values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
         )
     connection.execute(update(sinks).values(lease_until=None, lease_owner=None))

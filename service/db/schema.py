@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
-from service.db import file_tables, key_tables, operator_tables  # noqa: F401 - they add their tables to the metadata
+# These add their tables and indexes to the metadata.
+from service.db import file_tables, key_tables, list_indexes, operator_tables  # noqa: F401
 from service.errors import ConfigurationError, SchemaMismatch
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, over, select
 
+from service.db.list_indexes import REFUSED, UNFINISHED
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import attempts, deliveries, events
 
@@ -17,7 +18,11 @@ def delivery_list(
     """Deliveries with their latest attempts. `where` names columns, such as `id` or `state`."""
     joined = deliveries.outerjoin(events, events.c.id == deliveries.c.event_id)
     named = select(deliveries, events.c.type).select_from(joined)
-    statement = matching(named, deliveries, **(where or {}))
+    statement = matching(named, deliveries, **(given := where or {}))
+    if given.get("state") in ("pending", "dead"):
+        statement = statement.where(UNFINISHED)
+    if given.get("last_status", 0) >= 300:
+        statement = statement.where(REFUSED)
     rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
     made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
     order = attempts.c.time, attempts.c.id

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, func, or_, select, union_all
 
 from service.db.batching import BatchingStore
+from service.db.list_indexes import COMMON, RARE_EVENT
 from service.db.paging import PAGE_BYTES, Row, courtesy, in_batches, matching, that_fit
 from service.db.tables import counters, events
 from service.events.documents import event_document
@@ -69,12 +70,17 @@ def event_list(
     last = outbox_end(connection)
     statement = matching(select(events), events, owner=owner, task_id=task_id)
     statement = statement.where(events.c.sequence <= last)
-    if types:
+    usual = any("*" in each or each in COMMON for each in types)
+    rare = types and task_id is None and not usual
+    if types and not rare:
         statement = statement.where(type_conditions(types))
-    statement = statement.order_by(events.c.sequence)
 
     def read(place: int, count: int) -> list[Entry]:
-        some = statement.where(events.c.sequence > place).limit(count)
+        if rare:
+            some = statement.where(events.c.sequence.in_(_places(owner, place, count, types)))
+        else:
+            some = statement.where(events.c.sequence > place)
+        some = some.order_by(events.c.sequence).limit(count)
         return [_entry(row, links) for row in connection.execute(some).mappings()]
 
     place_of = attrgetter("sequence")
@@ -83,6 +89,16 @@ def event_list(
     full = cut or len(entries) == limit
     place = entries[-1].sequence if full else max(last, after)
     return EntryPage(entries, place, _forgotten(connection), full)
+
+
+def _places(owner: str | None, place: int, count: int, types: Sequence[str]) -> Select[Any]:
+    """The next places of events of each of these types, by an index of events that are rare."""
+    found = []
+    for type in dict.fromkeys(types):
+        some = matching(select(events.c.sequence), events, owner=owner, type=type)
+        some = some.where(RARE_EVENT, events.c.sequence > place)
+        found.append(select(some.order_by(events.c.sequence).limit(count).subquery().c.sequence))
+    return select(union_all(*found).subquery().c.sequence)
 
 
 def _entry(row: Row, links: Links) -> Entry:

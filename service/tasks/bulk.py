@@ -5,7 +5,7 @@ pages, the oldest task first. Each page is one transaction with an entry of the 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select, tuple_
 
 from service.db.paging import matching
 from service.db.tables import images, tasks
@@ -92,9 +92,8 @@ def count_tasks(connection: Connection, act: str, wanted: TaskFilter) -> int:
 def act_on_pages(tx: Transaction, item: BulkPage) -> BulkResult:
     """Changes the next tasks of an act. A task that no longer allows it counts as refused."""
     created, id = tasks.c.created_at, tasks.c.id
-    time, after = item.after
     page = _selected(item.act, item.filter).where(
-        or_(created > time, and_(created == time, id > after)), created <= item.until
+        tuple_(created, id) > tuple_(*item.after), created <= item.until
     )
     found = tx.connection.execute(page.order_by(created, id).limit(PAGE)).all()
     ids = [row.id for row in found]

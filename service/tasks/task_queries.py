@@ -1,16 +1,28 @@
 """Queries about tasks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    RowMapping,
+    Select,
+    exists,
+    func,
+    or_,
+    select,
+)
 
+from service.db.list_indexes import ENDED_BADLY, HAS_ERROR, task_metadata
 from service.db.paging import Selection, matching, page
 from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.ids import PREFIXES, rfc3339, sequence_text
 from service.strict_json import JSON, storable
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
-from service.tasks.state import State
+from service.tasks.state import TERMINAL, State
 
 Task = tuple[TaskRow, list[ImageRow]]  # with its stored images
 FORMATS: Mapping[str, Callable[[Any], str]] = {
@@ -20,6 +32,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
 }
 RAW_BYTES = 2048  # shown of a callback that could not be read
 CALLBACKS = 100  # of a task, in an answer
+COUNTED = 100  # tasks with a pair of metadata, to find the rarest pair
 ATTEMPTS = 1000  # of deliveries, in a timeline
 CLOCKS_MS = 60_000  # how far the upstream's clock may be from ours
 
@@ -53,17 +66,59 @@ def task_list(
     prompt: tuple[str, str] | None = None,
 ) -> list[Task]:
     """Tasks, newest first. `error`: the code. `prompt`: an owner, and a part of its prompts."""
-    statement = matching(select_tasks(), tasks, state=state, model=model_name)
+    statement = matching(select_tasks(), tasks, model=model_name)
+    if state is not None:
+        statement = statement.where(*_in_state(State(state), wanted.owner))
+        wanted = wanted if State(state) in TERMINAL else replace(wanted, owner=None)
     if error is not None:
-        statement = statement.where(tasks.c.error["code"].as_string() == error)
+        statement = statement.where(HAS_ERROR, tasks.c.error["code"].as_string() == error)
     if prompt is not None:
         part = tasks.c.prompt.icontains(prompt[1], autoescape=True)
         statement = statement.where(tasks.c.owner == prompt[0], part)
-    for key, value in (metadata or {}).items():
-        statement = statement.where(tasks.c.metadata[key].as_string() == value)
-    rows = task_rows(connection, page(statement, tasks, wanted))
+    table, key = tasks, "id"
+    if metadata:
+        # The rarest pair leads: its index has the order of the list.
+        pairs = list(metadata.items())
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: _count_pair(connection, pair))
+        first, *others = pairs
+        table, key = task_metadata, "task_id"
+        statement = statement.where(task_metadata.c.task_id == tasks.c.id, *_is_pair(table, first))
+        for pair in others:
+            other = task_metadata.alias()
+            names = ("created_at", "task_id")  # all of the index, so that one row is read
+            same = [other.c[name] == task_metadata.c[name] for name in names]
+            statement = statement.where(exists().where(*same, *_is_pair(other, pair)))
+    rows = task_rows(connection, page(statement, table, wanted, key))
     images = stored_images(connection, [row.id for row in rows])
     return [(row, images.get(row.id, [])) for row in rows]
+
+
+def _in_state(state: State, owner: str | None) -> list[ColumnElement[bool]]:
+    """The conditions of a state, so that each is looked up by what is rare. Most tasks are
+    completed, so a page of those needs no index. Live tasks are few, and a condition on the plain
+    column `owner` would let SQLite read all tasks of that owner for them.
+    """
+    if state is State.COMPLETED:
+        others = [each.value for each in TERMINAL - {state}]
+        return [tasks.c.terminal_at.is_not(None), tasks.c.state.not_in(sorted(others))]
+    if state in TERMINAL:
+        return [ENDED_BADLY, tasks.c.state == state.value]
+    found: list[ColumnElement[bool]] = [
+        tasks.c.id.in_(select(tasks.c.id).where(tasks.c.state == state.value))
+    ]
+    return found if owner is None else [*found, func.coalesce(tasks.c.owner, "") == owner]
+
+
+def _is_pair(table: FromClause, pair: tuple[str, str]) -> tuple[ColumnElement[bool], ...]:
+    return table.c.key == pair[0], table.c.value == pair[1]
+
+
+def _count_pair(connection: Connection, pair: tuple[str, str]) -> int:
+    """How many tasks have this pair of metadata, up to a limit."""
+    some = select(task_metadata.c.task_id).where(*_is_pair(task_metadata, pair)).limit(COUNTED)
+    count: int = connection.scalar(select(func.count()).select_from(some.subquery())) or 0
+    return count
 
 
 def task_by_key(

@@ -3,7 +3,7 @@
 All figures of a task count for the day on which it was accepted, whenever they became known.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -132,12 +132,6 @@ def ledger_entries(
             return None
         statement = statement.where(ledger.c.sequence > sequence)
     return list(connection.execute(statement.order_by(ledger.c.sequence).limit(limit)).mappings())
-
-
-def ledger_sums(connection: Connection) -> Mapping[str, int]:
-    """The sums of all entries by kind."""
-    statement = select(ledger.c.kind, func.sum(ledger.c.credits)).group_by(ledger.c.kind)
-    return {kind: int(credits) for kind, credits in connection.execute(statement)}
 
 
 def figures_document(figures: UsageFigures, number: Any) -> JSON:

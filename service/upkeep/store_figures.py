@@ -5,41 +5,48 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, update
 
+from service.db.list_indexes import UNFINISHED
 from service.db.queues import QUEUES
 from service.db.tables import counters, deliveries, images, tasks
 from service.db.transaction import Transaction
 from service.tasks.ledger import ADJUST, CHARGE, ESTIMATE, REFUND
 from service.tasks.state import TERMINAL, State
-from service.tasks.usage import ledger_sums
 
 
 def figures(connection: Connection) -> dict[str, Any]:
-    """Counts in the store, so the figures are the same in every process."""
-
-    def value(column: Any, *where: Any) -> Any:
-        return connection.execute(select(column).where(*where)).scalar()
-
-    counted = select(tasks.c.state, func.count()).group_by(tasks.c.state)
-    states = {row[0]: row[1] for row in connection.execute(counted)}
-    depth = {}
+    """Counts in the store, so the figures are the same in every process. Rows of tasks and
+    deliveries that are over are not read: counters have their sums (`service/db/list_indexes.py`).
+    """
+    execute = connection.execute
+    sums: dict[str, int] = dict(execute(select(counters.c.name, counters.c.value)).all())
+    live = tasks.c.state.in_([state.value for state in State if state not in TERMINAL])
+    columns = (func.count(), func.min(tasks.c.created_at), func.sum(tasks.c.credits_reserved))
+    rows = execute(select(tasks.c.state, *columns).where(live).group_by(tasks.c.state)).all()
+    states = {state.value: sums.get(f"tasks {state}", 0) for state in State}
+    depth, oldest = {}, {}
     for stage, queue in QUEUES.items():
+        due = queue.column("due_at")
         where = () if queue.where is None else (queue.where,)
-        depth[stage] = value(func.count(), queue.column("due_at").is_not(None), *where)
-    pending = deliveries.c.state == "pending"
-    entries = ledger_sums(connection)
-    unsettled = tasks.c.state.not_in([state.value for state in TERMINAL])
+        waiting = select(func.count(), func.min(due)).where(due.is_not(None), *where)
+        depth[stage], oldest[stage] = execute(waiting).one()
+    dead = select(func.count()).where(deliveries.c.state == "dead", UNFINISHED)
+    due_images = images.c.due_at.is_not(None), images.c.state == "pending"
+    reserved = sums["credits reserved"] + sum(int(row[3] or 0) for row in rows)
+    due_deliveries = [oldest[stage] for stage in ("deliver", "redeliver") if oldest[stage]]
     return {
-        "tasks": {state.value: states.get(state.value, 0) for state in State},
+        "tasks": states | {row[0]: row[1] for row in rows},
         "queue_depth": depth,
-        "oldest_unsettled": value(func.min(tasks.c.created_at), unsettled),
-        "oldest_due_delivery": value(func.min(deliveries.c.due_at), pending),
-        "first_link_dies": value(func.min(images.c.link_dies_at), images.c.state == "pending"),
-        "dead_letters": value(func.count(deliveries.c.id), deliveries.c.state == "dead"),
+        "oldest_unsettled": min((row[2] for row in rows), default=None),
+        "oldest_due_delivery": min(due_deliveries, default=None),
+        "first_link_dies": execute(
+            select(func.min(images.c.link_dies_at)).where(*due_images)
+        ).scalar(),
+        "dead_letters": execute(dead).scalar_one(),
         "credits": {
-            "reserved": value(func.sum(tasks.c.credits_reserved)) or 0,
-            "used": entries.get(CHARGE, 0) + entries.get(ADJUST, 0),
-            "estimated": entries.get(ESTIMATE, 0),
-            "refunded": -entries.get(REFUND, 0),
+            "reserved": reserved,
+            "used": sums[f"credits {CHARGE}"] + sums[f"credits {ADJUST}"],
+            "estimated": sums[f"credits {ESTIMATE}"],
+            "refunded": -sums[f"credits {REFUND}"],
         },
     }
 

@@ -8,13 +8,16 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.db.list_indexes import COMMON
 from service.errors import invalid_request
+from service.events.documents import type_matches
 from service.events.feed import read_events
 from service.events.tail import StreamFilter
 from service.ids import sequence_text
 from service.web.auth import caller_of
 from service.web.bodies import query_seconds, query_text
 from service.web.context import context_of
+from service.web.event_schemas import EVENT_TYPES
 from service.web.event_stream import stream
 from service.web.field_schemas import known_pattern
 from service.web.list_page import page_answer, query_limit
@@ -42,9 +45,18 @@ def event_types(request: Request) -> list[str]:
         message = f"type names at most {MAX_TYPES} types, not {len(types)}"
         raise invalid_request(message, "type")
     try:
-        return [known_pattern(pattern) for pattern in types]
+        patterns = [known_pattern(pattern) for pattern in types]
     except ValueError as error:
         raise invalid_request(f"type {error}", "type") from None
+    return [type for pattern in patterns for type in types_of(pattern)]
+
+
+def types_of(pattern: str) -> list[str]:
+    """The types that the pattern means, or the pattern itself if common ones are among them: a
+    rare type is looked up by itself.
+    """
+    found = [type for type in EVENT_TYPES if type_matches(pattern, type)]
+    return [pattern] if set(found) & set(COMMON) else found
 
 
 async def events(request: Request) -> Response:
