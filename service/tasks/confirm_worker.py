@@ -150,7 +150,7 @@ class ConfirmWorker:
         if not isinstance(answer, Found) or callback is None:
             return answer
         if not callback and answer.report.final and not answer.report.names_cost:
-            _, callback = await self.resources.store.read(task_queries.settling, row.id)
+            callback = await self.resources.store.read(task_queries.first_callback, row.id)
             called = upstream.read_callback(callback) if callback else None
         if called is None:
             return answer

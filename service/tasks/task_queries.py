@@ -150,9 +150,14 @@ def may_be_anothers(
 
 def settling(connection: Connection, task_id: str) -> tuple[TaskRow | None, bytes | None]:
     """A task and the body of its first terminal callback."""
+    return task_row(connection, task_id, None), first_callback(connection, task_id)
+
+
+def first_callback(connection: Connection, task_id: str) -> bytes | None:
+    """The body of the first terminal callback of a task."""
     first = (callbacks.c.task_id == task_id, callbacks.c.first.is_(True))
-    body = connection.execute(select(callbacks.c.body).where(*first)).scalar()
-    return task_row(connection, task_id, None), body
+    body: bytes | None = connection.scalar(select(callbacks.c.body).where(*first))
+    return body
 
 
 def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -> list[JSON]:

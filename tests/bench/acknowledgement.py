@@ -21,6 +21,7 @@ from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, record_submissions
 from service.upstreams.base import Accepted, Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
+from tests.bench.wrk import compared
 from tests.processes import service_settings
 from tests.stores import open_sqlite
 
@@ -152,7 +153,9 @@ def acknowledgement(folder: Path, scale: Scale) -> str:
             spread([each[name]["rate"] / each["bare"]["rate"] for each in rounds], ".2f"),
         ]
         lines.append(f"| {about} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+    ours = statistics.median(each["bare"]["rate"] for each in rounds)
+    control = compared(folder, scale.connections, scale.seconds, ours)
+    return "\n".join([*lines, "", control])
 
 
 def spread(values: Sequence[float], form: str) -> str:

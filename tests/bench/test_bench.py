@@ -15,7 +15,9 @@ from tests.environment import run_module
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
-    """`make bench` succeeds, prints a line on the machine, fills every row and leaves no files."""
+    """`make bench` succeeds, prints a line on the machine, fills every row, compares its load with
+    `wrk` or says that it is missing, and leaves no files.
+    """
     done = run_module("tests.bench", "--quick", "--folder", str(tmp_path), limit_s=150)
     assert done.returncode == 0, done.stderr
     assert re.match(
@@ -34,6 +36,7 @@ def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
         == 3
     )
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 3
+    assert re.search(r"^`wrk` (gets \d+ answers|is not installed)", done.stdout, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
