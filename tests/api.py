@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 
+from tests.waiting import wait_until
+
 JSON = dict[str, Any]
 
 SUBMIT = "/v1/images/generations"
@@ -68,3 +70,14 @@ def refused(
 async def listed(client: httpx.AsyncClient, **query: Any) -> list[str]:
     """The ids in a list of tasks."""
     return [task["id"] for task in got(await client.get("/v1/tasks", params=query))["data"]]
+
+
+async def reached(client: httpx.AsyncClient, replay: str, **figures: object) -> JSON:
+    """The replay as soon as it shows these figures."""
+
+    async def look() -> JSON | None:
+        shown = got(await client.get(f"/v1/replays/{replay}"))
+        return shown if figures.items() <= shown.items() else None
+
+    shown: JSON = await wait_until(look)
+    return shown

@@ -7,9 +7,13 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 from tests.untidy import Scripted
 
+PENDING = b'{"id": "$ID", "status": "pending"}'
+COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
+NAMES = (f"order-{number}" for number in count())
 # Parts that nobody needs, beside what is paid for. Most are no JSON that a strict parser takes.
 UNUSABLE = {
     "half an emoji": b'"prompt": "cut \\ud83d"',
@@ -46,6 +50,13 @@ class Said(Scripted):
 
     bodies: dict[tuple[str, str], list[bytes]] = field(default_factory=dict)
     count: defaultdict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+
+    def scripted(self, *queries: bytes, first: bytes = PENDING) -> str:
+        """The name of a task whose submission and queries are answered with these bytes."""
+        name = next(NAMES)
+        self.bodies["submission", name] = [first]
+        self.bodies["query", name] = list(queries)
+        return name
 
     def answer(self, method: str, path: str, sent: bytes) -> tuple[tuple[str, str], bytes]:
         path = path.partition("?")[0]

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tests.world import Received
+from tests.world import Received, World
 
 JSON = dict[str, Any]
 
@@ -151,3 +151,11 @@ class Upstream:
 
 def nth(answers: list[Response] | None, number: int) -> Response | None:
     return answers[min(number, len(answers) - 1)] if answers else None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A world whose upstream records what reaches it."""
+
+    world: World
+    upstream: Upstream

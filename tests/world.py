@@ -149,6 +149,12 @@ class World:
         events: list[JSON] = answer.json()["data"]
         return events
 
+    async def told(self, task_id: str, type: str) -> JSON:
+        """The data of a task's only event of this type, as soon as it is there."""
+        (event,) = await wait_until(lambda: self.events(task=task_id, type=type))
+        data: JSON = event["data"]
+        return data
+
     async def steps(self, task_id: str) -> list[JSON]:
         answer = await self.client.get(f"/v1/tasks/{task_id}/timeline")
         assert answer.status_code == 200, answer.text

@@ -12,7 +12,7 @@ from service.events import replays
 from service.queue import worker
 from tests.partial import Said, said
 from tests.servers import postgres_database
-from tests.upstream import Upstream, picture
+from tests.upstream import Upstream, Watched, picture
 from tests.world import Subscriber, World, subscriber, world
 
 
@@ -70,6 +70,21 @@ async def still(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     """A world without workers: what is submitted stays as it is."""
     async with world(tmp_path_factory.mktemp("still"), role=Role(workers=False)) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Watched]:
+    upstream = Upstream()
+    async with world(tmp_path_factory.mktemp("watched"), upstream=upstream.app) as made:
+        yield Watched(made, upstream)
+
+
+@pytest.fixture(scope="module")
+def quick_workers() -> Iterator[None]:
+    """Workers look for due work sooner than in production."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        yield
 
 
 @pytest.fixture(scope="module")

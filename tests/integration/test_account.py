@@ -4,7 +4,6 @@ probe at a time runs. Waiting tasks are submitted once the account works again.
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from structlog.testing import capture_logs
 
 from service.app import Role
 from service.net.responses import Response as Answer
-from service.queue import worker
 from service.tasks.account_breaker import remaining_credits
 from service.upstreams.evolink import EvoLink
 from tests.api import ASYNC
@@ -27,7 +25,7 @@ from tests.upstream import Cut, document, error, page
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_workers")]
 
 SOON = (
     ",".join(["0.1"] * 99) + ",600"
@@ -35,14 +33,6 @@ SOON = (
 CREDITS = JSONResponse(
     {"success": True, "data": {"token": {"remaining_credits": 41.5}, "user": {}}}
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Workers poll for due work more often than in production."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        yield
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from service.upstreams.catalogue import load_catalogue
 from tests.api import SUBMIT, UNTIL_DONE, got, refused
 from tests.integration.test_openapi import check
 from tests.sandbox import finished, sandbox, submit
-from tests.upstream import Upstream
+from tests.upstream import Watched
 from tests.world import TEXT_TO_IMAGE, World, world
 
 JSON = dict[str, Any]
@@ -28,21 +27,6 @@ n = { type = "integer", min = 1, max = 1000000 }
 [models."wan2.5-text-to-image".fields]
 n = { type = "integer", min = 1, max = 2 }
 """
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A world whose upstream records what reaches it."""
-
-    world: World
-    upstream: Upstream
-
-
-@pytest.fixture(scope="module")
-async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Watched]:
-    upstream = Upstream()
-    async with world(tmp_path_factory.mktemp("watched"), upstream=upstream.app) as made:
-        yield Watched(made, upstream)
 
 
 @pytest.fixture(scope="module")

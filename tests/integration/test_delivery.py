@@ -5,7 +5,7 @@ addressee.
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -29,23 +29,16 @@ from service.events.delivery_worker import DeliveryWorker
 from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
 from service.images.validator import ImageValidator
-from service.queue import worker
 from tests.upstream import After, nth
 from tests.waiting import wait_until
 from tests.world import TEXT_TO_IMAGE, Received, Subscriber, World, subscriber, world
+
+pytestmark = pytest.mark.usefixtures("quick_workers")
 
 JSON = dict[str, Any]
 DONE = Response(status_code=204)
 BROKEN = Response("out of order", 500)
 FAIL = {"fail": "service_error"}  # a task that ends without images is quick
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Workers poll for due work more often than in production."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        yield
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from starlette.responses import Response
 
-from tests.api import got, refused
+from tests.api import got, reached, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until
 from tests.world import JSON, Subscriber, World
@@ -71,15 +71,6 @@ async def replayed(client: httpx.AsyncClient, count: int, **chosen: Any) -> str:
     assert answer["count"] == count
     id: str = answer["id"]
     return id
-
-
-async def reached(client: httpx.AsyncClient, replay: str, **figures: object) -> JSON:
-    async def look() -> JSON | None:
-        shown = got(await client.get(f"/v1/replays/{replay}"))
-        return shown if figures.items() <= shown.items() else None
-
-    shown: JSON = await wait_until(look)
-    return shown
 
 
 async def test_failures_are_grouped_by_endpoint_and_cause_until_they_arrive(

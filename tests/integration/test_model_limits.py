@@ -3,8 +3,6 @@ the upstream is not called.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,8 +13,8 @@ from service.upstreams.catalogue_fields import ImagesField
 from tests.api import SUBMIT, UNTIL_DONE, got, refused
 from tests.inputs import of_length, photo, upload, uploaded
 from tests.limits import Figures, bodies, image_edges
-from tests.upstream import Upstream
-from tests.world import World, world
+from tests.upstream import Watched
+from tests.world import World
 
 JSON = dict[str, Any]
 MODELS = load_catalogue().models
@@ -26,21 +24,6 @@ EDITING = [
     if isinstance(entry.fields.get("image_urls"), ImagesField)
 ]
 GPT, SEEDREAM, WAN = "gpt-image-2", "doubao-seedream-4.0", "wan2.5-image-to-image"
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A world whose upstream records what reaches it."""
-
-    world: World
-    upstream: Upstream
-
-
-@pytest.fixture(scope="module")
-async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Watched]:
-    upstream = Upstream()
-    async with world(tmp_path_factory.mktemp("watched"), upstream=upstream.app) as made:
-        yield Watched(made, upstream)
 
 
 @pytest.mark.parametrize("model", MODELS)

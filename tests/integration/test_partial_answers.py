@@ -5,7 +5,6 @@ whatever else an answer holds, and what is missing is asked for again.
 import base64
 import json
 from collections.abc import AsyncIterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
@@ -20,7 +19,7 @@ from service.tasks import settlements
 from service.upstreams.catalogue import load_catalogue
 from tests.callbacks import raw
 from tests.downloads import bytes_of, noise, quick
-from tests.partial import UNUSABLE, Said
+from tests.partial import COMPLETED, NAMES, PENDING, UNUSABLE, Said
 from tests.untidy import LENGTH, PLAIN, Shape, response
 from tests.upstream import picture
 from tests.waiting import wait_until
@@ -28,9 +27,6 @@ from tests.world import ADMIN_KEY, World, world
 
 JSON = dict[str, Any]
 MAX_BYTES = 2_000_000
-PENDING = b'{"id": "$ID", "status": "pending"}'
-COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
-NAMES = (f"order-{number}" for number in count())
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +46,7 @@ async def here(server: Said, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 async def submitted(here: World, server: Said, *queries: bytes, first: bytes = PENDING) -> JSON:
     """A task whose submission and queries are answered with these bytes."""
-    name = next(NAMES)
-    server.bodies["submission", name] = [first]
-    server.bodies["query", name] = list(queries)
-    return await here.submit(prompt=name)
+    return await here.submit(prompt=server.scripted(*queries, first=first))
 
 
 async def called(here: World, server: Said, task: JSON, body: bytes = COMPLETED) -> str:

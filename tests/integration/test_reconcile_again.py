@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
-from itertools import count
 from typing import Any
 
 import pytest
@@ -10,15 +9,13 @@ import pytest
 from service.tasks import admin
 from tests.callbacks import raw
 from tests.downloads import bytes_of, quick
-from tests.partial import Said
+from tests.partial import COMPLETED, NAMES, Said
 from tests.untidy import LENGTH, PLAIN, Shape, Write, cut, response
 from tests.upstream import picture
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, world
 
 JSON = dict[str, Any]
-COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
-NAMES = (f"order-{number}" for number in count())
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from service.events import replays as pipeline
 from service.upkeep.expiry import forget_replays
-from tests.api import TIME, got, refused
+from tests.api import TIME, got, reached, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, world
@@ -76,17 +76,6 @@ async def replayed(client: httpx.AsyncClient, endpoint: str, **body: Any) -> str
     assert answer.keys() == {"id", "count"}
     id: str = answer["id"]
     return id
-
-
-async def reached(client: httpx.AsyncClient, replay: str, **figures: object) -> JSON:
-    """The replay as soon as it shows these figures."""
-
-    async def look() -> JSON | None:
-        shown = got(await client.get(f"/v1/replays/{replay}"))
-        return shown if figures.items() <= shown.items() else None
-
-    shown: JSON = await wait_until(look)
-    return shown
 
 
 def ids(shop: Subscriber) -> list[str]:

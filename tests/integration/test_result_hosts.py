@@ -15,7 +15,6 @@ from structlog.testing import capture_logs
 from tests.downloads import bytes_of, downloading, link, lost, made, steps
 from tests.hostile import Names
 from tests.upstream import Upstream, picture
-from tests.waiting import wait_until
 from tests.world import JSON, World
 
 HOSTS, NETWORKS = "DARKROOM_EVOLINK_RESULT_HOSTS", "DARKROOM_UPSTREAM_NETWORKS"
@@ -58,13 +57,7 @@ async def causes(here: World) -> list[str]:
 
 async def at_risk(here: World, task: JSON) -> JSON:
     """The one event that tells operators, as soon as it is there."""
-
-    async def look() -> list[JSON]:
-        return await here.events(task=task["id"], type="image.at_risk")
-
-    (event,) = await wait_until(look)
-    data: JSON = event["data"]
-    return data
+    return await here.told(task["id"], "image.at_risk")
 
 
 @pytest.fixture(scope="module")

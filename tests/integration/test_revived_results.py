@@ -7,7 +7,6 @@ import pytest
 
 from tests.downloads import bytes_of, downloading, link, made, noise, served
 from tests.upstream import Upstream, document, error, page, picture
-from tests.waiting import wait_until
 from tests.world import JSON, World
 
 
@@ -18,13 +17,7 @@ async def reconciled(here: World, task: JSON) -> None:
 
 async def told_late(here: World, task: JSON) -> JSON:
     """The one event about late results."""
-
-    async def look() -> list[JSON]:
-        return await here.events(task=task["id"], type="task.late_result")
-
-    (event,) = await wait_until(look)
-    data: JSON = event["data"]
-    return data
+    return await here.told(task["id"], "task.late_result")
 
 
 async def stands(here: World, before: JSON) -> JSON:

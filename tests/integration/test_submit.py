@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,6 @@ from service.db.sqlite import SqliteStore
 from service.db.transaction import Lease
 from service.errors import ApiError
 from service.images.validator import ImageValidator
-from service.queue import worker
 from service.tasks import submit_worker, task_queries
 from service.tasks.waits import ended, wait_for
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
@@ -37,15 +36,9 @@ from tests.upstream import After, Cut, Upstream, document, error, page
 from tests.waiting import wait_until
 from tests.world import TEXT_TO_IMAGE, World, subscriber, world
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 ACCEPTED = document("pending", id="task-unified-own")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Workers look for due work sooner than in production."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        yield
 
 
 @pytest.fixture(scope="module")

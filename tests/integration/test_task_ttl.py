@@ -3,13 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from itertools import count
 from typing import Any
 
 import pytest
 
 from tests.downloads import bytes_of, quick
-from tests.partial import Said
+from tests.partial import COMPLETED, Said
 from tests.untidy import Shape, response
 from tests.upstream import picture
 from tests.waiting import wait_until
@@ -17,9 +16,6 @@ from tests.world import World, world
 
 JSON = dict[str, Any]
 TTL_S = 1.0
-PENDING = b'{"id": "$ID", "status": "pending"}'
-COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
-NAMES = (f"order-{number}" for number in count())
 NEVER = [
     b'{"id": "$ID", "status": "processing"}',
     b'{"id": "$ID", "status": "pending", "progress": 99}',
@@ -49,10 +45,7 @@ async def here(server: Said, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def submitted(here: World, server: Said, *queries: bytes) -> JSON:
-    name = next(NAMES)
-    server.bodies["submission", name] = [PENDING]
-    server.bodies["query", name] = list(queries)
-    return await here.submit(prompt=name)
+    return await here.submit(prompt=server.scripted(*queries))
 
 
 def asked(server: Said, task: JSON) -> int:
