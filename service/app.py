@@ -46,8 +46,9 @@ from service.web.activation import notify
 from service.web.auth import Access
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
+from service.web.key_limits import KeyLimits
 from service.web.middleware import Requests
-from service.web.overload import KeyLimits, LoadShedder, PriorityGate
+from service.web.overload import LoadShedder, PriorityGate
 from service.web.published import RecentLook
 from service.web.routes.table import operators_routes
 from service.web.server import Server, bind, listening

@@ -15,7 +15,8 @@ from service.tasks.account_breaker import AccountBreaker
 from service.tasks.pause import PauseWatch
 from service.upkeep.heartbeats import WorkerWatch
 from service.web.auth import Access
-from service.web.overload import KeyLimits, LoadShedder, PriorityGate
+from service.web.key_limits import KeyLimits
+from service.web.overload import LoadShedder, PriorityGate
 from service.web.published import RecentLook
 
 

@@ -244,31 +244,6 @@ class LoadShedder:
             asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log_refused)
 
 
-class KeyLimits:
-    """A limit of requests per API key, in the notation of the library `limits`, such as
-    `600/minute`. None: no limit.
-    """
-
-    def __init__(self, requests: str | None) -> None:
-        self._limit = None
-        if requests is not None:
-            from limits import parse
-            from limits.aio.storage import MemoryStorage
-            from limits.aio.strategies import SlidingWindowCounterRateLimiter
-
-            # It keeps two numbers per key, independent of the number of requests.
-            self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
-            self._limit = parse(requests)
-
-    async def count(self, key: str) -> None:
-        """Counts a request. Raises ApiError 429 over the limit, and does not count the request."""
-        if self._limit is not None and not await self._limiter.hit(self._limit, key):
-            allowed_at, _ = await self._limiter.get_window_stats(self._limit, key)
-            wait = max(1, math.ceil(allowed_at - time.time()))
-            message = f"the key's limit is reached: {self._limit}"
-            raise ApiError(429, "rate_limit_exceeded", message, retry_after=wait)
-
-
 # --- wrong tokens ---
 
 RATE, BURST, MAX_DELAY_S = 100, 100, 1.0
