@@ -1,5 +1,33 @@
-"""`python -m service` is the program `darkroom`."""
+"""The program `darkroom`, and `python -m service`."""
 
-from service.cli import main
+import os
+import sys
+from pathlib import Path
 
-main()
+HELP = Path(__file__).with_name("help.txt")
+HELP_WIDTH = 80  # no page of help is wider
+
+
+def main() -> None:
+    """Runs the program. Its first page of help is a file, because to make that page the program
+    imports all of its commands.
+    """
+    if sys.argv[1:] in (["--help"], ["-h"]) and columns() >= HELP_WIDTH:
+        os.write(sys.stdout.fileno(), HELP.read_bytes())
+        return
+    from service import cli
+
+    cli.main()
+
+
+def columns() -> int:
+    """Of the terminal. Without a terminal, those of the file."""
+    given = os.environ.get("COLUMNS", "")
+    try:
+        return int(given) if given.isdecimal() else os.get_terminal_size(1).columns or HELP_WIDTH
+    except OSError:
+        return HELP_WIDTH
+
+
+if __name__ == "__main__":
+    main()

@@ -92,7 +92,7 @@ def secret_keys(settings: Settings) -> list[bytes]:
     if not settings.sqlite_path:
         raise ConfigurationError(
             f"DARKROOM_SECRET_KEY is required with PostgreSQL: {SECRET_KEY_BYTES} bytes or more,"
-            " the same in every process"
+            " the same in every process. `openssl rand -hex 32` makes one"
         )
     path = settings.key_file
     try:

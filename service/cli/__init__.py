@@ -28,6 +28,7 @@ from service.cli.api_client import CommandFailed, Interrupted
 from service.cli.completion import COMPLETING
 from service.cli.output import plain
 from service.cli.place import CHOSEN, Choice, Local, Url, choose, selectable
+from service.cli.quick import command_of
 from service.cli.task_acts import ACTS, BULK
 from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
@@ -105,7 +106,8 @@ def main() -> None:
     try:
         try:
             # With --json, usage errors come here too.
-            code = program(prog_name="darkroom", standalone_mode=not as_json)
+            command = command_of(program, sys.argv[1:])
+            code = command(prog_name="darkroom", standalone_mode=not as_json)
         finally:
             sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)

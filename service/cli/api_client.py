@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from service.net.service_client import ServiceAnswer
 
 
+GATEWAY = (502, 503, 504)
+
+
 class CommandFailed(DarkroomError):
     """The command failed. The text is its one line on standard error. `error`: the fields that
     `--json` shows, by default those of a failure without the API.
@@ -83,9 +86,10 @@ class ApiClient:
             error = document["error"] if answer.status >= 400 else None
             reason = f"{error['code']}: {error['message']}" if error else ""
         except (ValueError, LookupError, TypeError):
+            behind = " and the service behind it at work" if answer.status in GATEWAY else ""
             raise CommandFailed(
                 f"{self.url} answered {answer.status}, but not as the service does:"
-                f" is {self.variable} right?"
+                f" is {self.variable} right{behind}?"
             ) from None
         if 200 <= answer.status < 300 and isinstance(document, dict):
             return document

@@ -30,7 +30,8 @@ def doctor(
             put(f"{MARKS[check['state']]}  {check['name']}: {plain(check['finding'] + mend)}")
     if found["status"] == "fault":
         faults = [check["name"] for check in found["checks"] if check["state"] == "fault"]
-        raise CommandFailed(f"{len(faults)} faults: {', '.join(faults)}")
+        number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise CommandFailed(f"{number}: {', '.join(faults)}")
 
 
 def asked() -> JSON:

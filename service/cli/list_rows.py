@@ -1,4 +1,4 @@
-"""What a row of a list shows of its document."""
+"""What a line for people shows of a document."""
 
 from datetime import UTC, datetime
 
@@ -12,12 +12,16 @@ def task_row(task: JSON) -> JSON:
     cost = used if used is not None or reserved is None else f"({reserved})"
     shown = {
         "created": date(task["created"]),
-        "age": age(datetime.now(UTC).timestamp() - task["created"]),
+        "age": age_of(task["created"]),
         "cost": cost,
         "images": len(task["images"]),
         "prompt": plain(task["prompt"] or "")[:60],
     }
     return task | shown
+
+
+def age_of(created: int) -> str:
+    return age(datetime.now(UTC).timestamp() - created)
 
 
 def age(seconds: float) -> str:
@@ -47,3 +51,10 @@ def delivery_row(delivery: JSON) -> JSON:
 
 def date(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def why_held(step: JSON) -> str | None:
+    """What the last step of a timeline says about a task that waits."""
+    reason: str | None = step.get("message") or step.get("reason")
+    retried = step["step"] == "task.submission_retried"
+    return f"the upstream took no submission yet: {reason}" if retried else reason

@@ -262,19 +262,20 @@ def announce(settings: "Settings", upstream: str, key: str, as_json: bool) -> No
     # later commands of the same terminal.
     program = f"DARKROOM_URL={address} DARKROOM_API_KEY={key} {program_path()}"
     receiver = f"{upstream}/sandbox/webhooks"
+    console = f"{address}/console/" if settings.console == "on" else None
     put_result(
         {
             "address": address,
             "upstream": upstream,
             "key": key,
             "curl": curl,
-            "console": f"{address}/console/",
+            "console": console,
             "receiver": receiver,
         },
         as_json,
         f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})",
         f"key       {key}",
-        f"console   {address}/console/",
+        *([f"console   {console}"] if console else []),
         f"receiver  {receiver} takes webhooks, with ?status=410 it refuses them",
         f"try       {curl}",
         f"or        {program} submit 'a lighthouse in the fog' --wait",

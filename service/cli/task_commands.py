@@ -19,7 +19,7 @@ from service.cli.api_client import (
     pairs,
     segment,
 )
-from service.cli.list_rows import date
+from service.cli.list_rows import age_of, date, why_held
 from service.cli.money_commands import estimated, has_ended, say_cost
 from service.cli.output import (
     Json,
@@ -180,8 +180,7 @@ def held(client: ApiClient, task: JSON) -> str | None:
         steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
     except (CommandFailed, EgressError):  # a key without the scope `read`, or a restart
         return None
-    last = steps[-1] if steps else {}
-    return last.get("message") or last.get("reason")
+    return why_held(steps[-1]) if steps else None
 
 
 @contextmanager
@@ -251,7 +250,8 @@ def task(
     if as_json:
         put_json({**task, "timeline": steps})
         return
-    fields = {name: task.get(name) for name in SHOWN} | {"created": date(task["created"])}
+    fields = {name: task.get(name) for name in SHOWN}
+    fields |= {"created": date(task["created"]), "age": age_of(task["created"])}
     if task.get("erased_at"):
         fields |= {"erased": f"{task['erased_at']}. {LEFT}"}
     put_fields(fields | {f"image {each['index']}": each["url"] for each in task.get("images", ())})

@@ -23,7 +23,7 @@ SHOWN = {
     "admin.action": ("action", "subject", "owner"),
     "upstream.called": ("kind", "outcome", "status", "duration_ms"),
     # The only line with the whole id of the task, which commands take.
-    "task.queued": ("model", "owner", "task_id", "prompt"),
+    "task.queued": ("model", "owner", "task_id", "prompt", "replayed"),
     "task.submitted": ("state", "attempt", "estimated_time"),
     "image.stored": ("index", "media_type", "width", "height", "bytes"),
     "image.retry": ("index", "reason", "attempt", "wait_s"),
@@ -92,10 +92,14 @@ class ConsoleLine:
 
 
 def shown_fields(line: MutableMapping[str, Any]) -> Iterator[str]:
-    """`name=value` for the fields that matter. Empty ones are left out."""
+    """`name=value` for the fields that matter. Empty and false ones are left out."""
     own = [name for name in line if name not in HIDDEN and name not in ("settings", "sha256")]
     names = SHOWN.get(line["event"], own)
-    given = [name for name in names if line.get(name) not in (None, "", [], {})]
+    given = [
+        name
+        for name in names
+        if (value := line.get(name)) not in (None, "", [], {}) and value is not False
+    ]
     for name in given[:FIELDS]:
         text = str(line[name])
         yield f'{name}="{text}"' if " " in text else f"{name}={text}"

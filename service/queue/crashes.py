@@ -17,8 +17,8 @@ from service.queue import leases
 FAULT_LIMIT = 10
 CRASH_LIMIT = 2 + 5  # among other rows, then alone
 
-# Takes a row out of its queue for good and tells operators the cause: `(tx, lease, cause)`. Each
-# stage brings its own.
+# Takes a row out of its queue for good and tells operators the cause, as the last event of the
+# transaction so far: `(tx, lease, cause)`. Each stage brings its own.
 DeadLetter = Callable[[Transaction, Lease, str], None]
 
 
@@ -69,6 +69,14 @@ class PoisonCandidate:
     lease: Lease
     crashes: int
     dead_lettered: bool
+    tx: Transaction
+
+    def task_ids(self) -> dict[str, str]:
+        """The fields of a log line about the task of a dead-lettered row, after the commit."""
+        event = self.tx.emitted[-1]  # a `DeadLetter` tells operators last
+        origin = self.tx.origins.get(event.task_id or "")
+        ids = origin.ids if origin else {}
+        return ids | ({"task_id": event.task_id} if event.task_id else {})
 
 
 @one_by_one
@@ -84,4 +92,4 @@ def claim_candidates(tx: Transaction, item: tuple[str, DeadLetter]) -> PoisonCan
         leases.change(tx, lease, {"faults": FAULT_LIMIT})  # marks the row as dead-lettered
         leases.done(tx, [lease])
         dead_letter(tx, lease, f"{crashes} deaths")
-    return PoisonCandidate(lease, crashes, dead)
+    return PoisonCandidate(lease, crashes, dead, tx)

@@ -181,7 +181,8 @@ class WorkerPool:
                 return
             if candidate.dead_lettered:
                 key, cause = candidate.lease.key, f"{candidate.crashes} deaths"
-                with bound_contextvars(**{KEYS[stage.name]: key}):
+                ids = {**candidate.task_ids(), KEYS[stage.name]: key}
+                with bound_contextvars(**ids, owner=candidate.lease.owner):
                     log_parked(stage.name, key, cause)
                 return
             stage.free -= 1

@@ -83,7 +83,7 @@ class AccountBreaker:
             self._opened.set()
             self.changed.set()
             self._resources.metrics.account_refused.set(1)
-            log.error("account.refused", reason=reason)
+            log.error("account.refused", reason=reason, setting="DARKROOM_EVOLINK_API_KEY")
 
     @contextmanager
     def allow(self, *, last: bool) -> Iterator[bool]:

@@ -26,6 +26,7 @@ from service.tasks.transitions import (
     lock_leased,
     move,
     note_held,
+    note_once,
     submitted,
     task_error,
 )
@@ -123,6 +124,8 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
                 _retry(tx, row, item, reason, queue)
                 if account and not row.terminal:
                     note_held(tx, row)
+                elif not row.terminal:
+                    note_once(tx, row, "task.submission_retried", reason=reason)
             case Uncertain(reason, raw) if submitting:
                 _doubt(tx, row, item, reason, resend=item.resend)
                 if raw:

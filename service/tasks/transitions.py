@@ -211,10 +211,15 @@ def _emit(
 
 def note_held(tx: Transaction, row: TaskRow, message: str = HELD) -> None:
     """Adds the step of a task that waits for the account or for operators, once."""
+    note_once(tx, row, "task.held", message=message)
+
+
+def note_once(tx: Transaction, row: TaskRow, step: str, **detail: str) -> None:
+    """Adds a step, unless it is the last one already."""
     last = select(steps.c.step, steps.c.detail).where(steps.c.task_id == row.id)
     found = tx.connection.execute(last.order_by(steps.c.id.desc()).limit(1)).first()
-    if found is None or tuple(found) != ("task.held", {"message": message}):
-        tx.step(row.id, "task.held", message=message)
+    if found is None or tuple(found) != (step, detail):
+        tx.step(row.id, step, **detail)
 
 
 def hold(tx: Transaction, row: TaskRow, due_at: int, message: str = HELD) -> None:

@@ -280,6 +280,8 @@ async def test_five_crashes_park_a_row(subject: Subject) -> None:
     candidate = await subject.write(claim_candidates, candidate_of("download"))
     assert candidate is not None
     assert (candidate.crashes, candidate.dead_lettered) == (CRASH_LIMIT, True)
+    upstream_id = (await subject.task(task_id))["upstream_id"]
+    assert candidate.task_ids() == {"task_id": task_id, "upstream_id": upstream_id}
     assert await subject.state(task_id) is State.FAILED
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
     assert await subject.write(claim_candidates, candidate_of("download")) is None

@@ -59,8 +59,8 @@ LINES: Mapping[str, str] = MappingProxyType(
         "task.submission_refused": "`status`, `code`. The task is failed.",
         "task.submission_uncertain": "`reason`, `decide_s` (until `DARKROOM_UNCERTAIN` decides)",
         "account.refused": (
-            "`reason`. The upstream refuses the service's key or account. Submissions wait"
-            " until it accepts them again."
+            "`reason`, `setting`. The upstream refuses the service's key or account. Submissions"
+            " wait until it accepts them again."
         ),
         "account.restored": "`seconds` (since `account.refused`). Waiting submissions are sent.",
         "upstream.unusable": (

@@ -16,6 +16,7 @@ from typing import Any
 
 from typer.main import get_command
 
+from service.__main__ import HELP, HELP_WIDTH
 from service.cli import program
 from service.cli.catalogue_commands import model_row
 from service.doctor.examination import CHECKS
@@ -36,6 +37,13 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 DASHBOARD = ROOT / "deploy" / "grafana" / "darkroom.json"
+
+
+def first_help() -> str:
+    """The page of `darkroom --help`."""
+    settings: Any = {"max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH - 2}
+    context = get_command(program).make_context("darkroom", [], resilient_parsing=True, **settings)
+    return context.get_help() + "\n"
 
 
 def routes_table() -> str:
@@ -229,3 +237,4 @@ if __name__ == "__main__":
     schema = json.dumps(catalogue_schema(), indent=2) + "\n"
     (DOCS / "catalogue.schema.json").write_text(schema, "utf-8")
     DASHBOARD.write_text(dashboard(), "utf-8")
+    HELP.write_text(first_help(), "utf-8")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from service.__main__ import HELP
 from service.cli import program
 from tests.docs.pages import PAGES, commands, program_lines
-from tests.docs.render import ROOT
+from tests.docs.render import ROOT, first_help
 from tests.docs.render import commands as program_commands
 from tests.docs.run_elsewhere import NOT_RUN, RUN_BY_STORIES, RUN_BY_TYPED_CLIENTS, RUN_ELSEWHERE
 
@@ -33,6 +34,11 @@ def test_every_command_that_is_run_elsewhere_is_on_a_page() -> None:
     for where in RUN_ELSEWHERE.values():
         for test in re.findall(r"tests/[a-z_/]+\.py", where):
             assert (ROOT / test).exists(), where
+
+
+def test_the_first_page_of_help_is_what_the_program_would_say() -> None:
+    """`python -m tests.docs.render` writes it."""
+    assert HELP.read_text("utf-8") == first_help()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -25,6 +25,8 @@ from tests.world import World, world
 
 pytestmark = pytest.mark.slow
 
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
 
 class Played:
     """A broker in memory. It calls `on` with the number of messages it has before it accepts the
@@ -35,6 +37,7 @@ class Played:
         self.name, self.on = "played", on
         self.types: Sequence[str] = ("callback.*",)
         self.ids: list[str] = []
+        self.traces: list[dict[str, str]] = []
         self.opened = 0
 
     async def open(self) -> None:
@@ -45,6 +48,7 @@ class Played:
         if asyncio.iscoroutine(done):
             await done
         self.ids.append(message.id)
+        self.traces.append(dict(message.trace))
 
     async def close(self) -> None:
         pass
@@ -211,6 +215,20 @@ async def test_a_message_too_large_goes_without_its_request(tmp_path: Path) -> N
             await emit(here, [1])
             await wait_until(lambda: len(broker.ids) == 3)
         assert broker.ids == [event["id"] for event in await here.events()]
+
+
+async def test_a_message_passes_on_the_trace_of_its_task(tmp_path: Path) -> None:
+    """In its headers, as the event does in its body. An event of no task has no trace."""
+    broker = Played()
+    broker.types = ("*",)
+    async with world(tmp_path) as here:
+        async with publishing(here, broker):
+            await submitted(here.client, UNTIL_DONE | {"traceparent": PARENT})
+            await wait_until(lambda: len(broker.ids) == 2)
+            await emit(here, [1])
+            await wait_until(lambda: len(broker.ids) == 3)
+        assert [event.get("traceparent") for event in await here.events()] == [PARENT] * 2 + [None]
+    assert broker.traces == [{"traceparent": PARENT}] * 2 + [{}]
 
 
 class Picky(Played):

@@ -23,6 +23,8 @@ import pytest
 import typer
 
 from service import VERSION, cli
+from service.cli.sandbox_commands import announce
+from service.settings import load_settings
 from tests.docs.pages import commands
 from tests.docs.render import DOCS
 from tests.environment import clean_environment
@@ -442,6 +444,7 @@ def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str,
         assert steps[-1] == "event.emitted"
     text = run("task", made["id"], **client).out
     assert "image.task.completed" in text
+    assert re.search(r"^age +([0-9]+m )?[0-9]+s$", text, re.MULTILINE)
     assert "\x1b" not in text
 
 
@@ -725,6 +728,14 @@ def test_the_line_that_serve_sandbox_prints_works(dev: Running) -> None:
         words[2], headers=headers, content=words[words.index("-d") + 1], timeout=40, trust_env=False
     )
     assert answer.json()["state"] == "completed"
+
+
+@pytest.mark.parametrize("console", ["on", "off"])
+def test_the_first_lines_name_the_console_if_the_service_has_one(
+    console: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    announce(load_settings(console=console), "http://127.0.0.1:9", "dk_a", as_json=False)
+    assert ("http://127.0.0.1:8080/console/" in capsys.readouterr().out) == (console == "on")
 
 
 def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(

@@ -225,7 +225,7 @@ async def test_an_upstream_that_cannot_be_reached_got_nothing(tmp_path: Path) ->
 
 async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_path: Path) -> None:
     """The client gets 200 with the queued task. A longer `Retry-After` replaces the wait of the
-    schedule. A refused account is logged as an error and counted.
+    schedule. A refused account is logged as an error and counted. The timeline has the reason.
     """
     upstream = Upstream()
     upstream.submits = {
@@ -234,15 +234,25 @@ async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_pa
         "account": [error(401, "unauthorized")],
     }
     async with world(tmp_path, upstream=upstream.app, submit_schedule="600") as here:
-        waits, answers = {}, {}
+        waits, answers, steps = {}, {}, {}
         with capture_logs() as lines:
             for prompt in upstream.submits:
                 answers[prompt] = await here.submit(prompt=prompt)
                 waits[prompt] = await wait_until(partial(waiting, here, answers[prompt]["id"]))
+                steps[prompt] = (await here.steps(answers[prompt]["id"]))[1:]
         assert {task["state"] for task in answers.values()} == {"queued"}
         assert 590 < waits["schedule"] <= 720
         assert 1190 < waits["asked"] <= 1200
         assert 590 < waits["account"] <= 720
+        told = {
+            name: [(step["step"], step.get("reason")) for step in each]
+            for name, each in steps.items()
+        }
+        assert told == {
+            "schedule": [("task.submission_retried", "429 rate_limit_exceeded")],
+            "asked": [("task.submission_retried", "503 service_unavailable")],
+            "account": [("task.held", None)],
+        }
         retried = [line for line in lines if line["event"] == "task.submission_retried"]
         assert [(line["account"], line["log_level"]) for line in retried] == [
             (False, "warning"),

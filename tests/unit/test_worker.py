@@ -55,7 +55,10 @@ class Harness:
 
     async def queue(self, *ids: str) -> None:
         """Inserts tasks that are due to be submitted."""
-        made = [TaskRow(id, "acme", "evolink", "m", State.QUEUED, 0, body=b"{}") for id in ids]
+        made = [
+            TaskRow(id, "acme", "evolink", "m", State.QUEUED, 0, body=b"{}", request_id="req-1")
+            for id in ids
+        ]
         await asyncio.gather(*(self.store.write(insert_tasks, task) for task in made))
 
     async def row(self, task_id: str) -> Any:
@@ -568,20 +571,20 @@ async def test_a_row_of_several_crashes_runs_alone(harness: Harness) -> None:
 
 
 async def test_a_row_that_crashed_its_process_too_often_is_parked(harness: Harness) -> None:
-    """It does not run again. Its task fails, and a log line reports it."""
+    """It does not run again. Its task fails, and a log line with the ids of the task reports it."""
 
     async def run(_: Lease) -> None:
         raise AssertionError("the row ran again")
 
     await harness.queue("task_deadly")
     await harness.store.write(deadly, (CRASH_LIMIT, START))
-    with capture_logs() as lines:
+    with capture_logs([structlog.contextvars.merge_contextvars]) as lines:
         async with harness.working(run):
             await wait_until(lambda: any(line["event"] == "task.parked" for line in lines))
     assert await harness.types() == ["image.task.failed", "task.parked"]
-    assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [
-        f"{CRASH_LIMIT} deaths"
-    ]
+    (line,) = [line for line in lines if line["event"] == "task.parked"]
+    ids = {"task_id": "task_deadly", "owner": "acme", "request_id": "req-1"}
+    assert line.items() >= {"cause": f"{CRASH_LIMIT} deaths", **ids}.items()
 
 
 async def test_a_poison_candidate_that_another_process_claimed_is_left_to_it(
