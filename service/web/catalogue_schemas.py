@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from service.web.field_schemas import Submission, list_of
+from service.web.shapes import Shape
 
 Credits = int | float
 FieldType = Literal[
@@ -12,7 +13,7 @@ FieldType = Literal[
 ]
 
 
-class CatalogueField(BaseModel):
+class CatalogueField(Shape):
     """A field and its limits. A submission with an `unsupported` field is refused."""
 
     type: FieldType
@@ -28,7 +29,7 @@ class CatalogueField(BaseModel):
     note: str | None
 
 
-class CatalogueSizes(BaseModel):
+class CatalogueSizes(Shape):
     """The sizes of a model, in pixels. `aspect`: the longest side over the shortest."""
 
     forms: list[Literal["names", "pixels", "ratios"]]
@@ -42,7 +43,7 @@ class CatalogueSizes(BaseModel):
     note: str | None
 
 
-class CatalogueImages(BaseModel):
+class CatalogueImages(Shape):
     """The number of input images, and the rules for each."""
 
     min: int
@@ -58,7 +59,7 @@ class CatalogueImages(BaseModel):
     note: str | None
 
 
-class CataloguePrice(BaseModel):
+class CataloguePrice(Shape):
     """The price of an image, or of a request that makes about `images` images. Where it depends on
     a field, `by` names the field and `values` has its prices.
     """
@@ -76,7 +77,7 @@ class CataloguePrice(BaseModel):
     note: str | None
 
 
-class CatalogueModel(BaseModel):
+class CatalogueModel(Shape):
     model: str
     upstream: str
     source: str | None
@@ -93,14 +94,14 @@ class EstimatedSubmission(Submission):
     """A submission, of which only `model` is needed."""
 
 
-class BudgetFigures(BaseModel):
+class BudgetFigures(Shape):
     limit: Credits
     spent: Credits
     reserved: Credits
     left: Credits
 
 
-class Estimate(BaseModel):
+class Estimate(Shape):
     credits: Credits | None
     unit: Literal["credits"]
     price: Credits | None

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field
+from pydantic import AwareDatetime, BeforeValidator, Field
 
 from service.web.event_schemas import EVENT_TYPES, TEST_TYPE
 from service.web.field_schemas import Body, OptionalBody, Text, whole
+from service.web.shapes import Shape
 
 DeliveryState = Literal["pending", "delivered", "dead"]
 
@@ -33,7 +34,7 @@ class NewDeliveryReplay(OptionalBody):
     dry_run: bool = Field(False, description="only count")
 
 
-class FailureGroup(BaseModel):
+class FailureGroup(Shape):
     endpoint: str | None = Field(description="null: tasks' own callback_urls")
     cause: str
     count: int
@@ -41,11 +42,11 @@ class FailureGroup(BaseModel):
     last_seen: str
 
 
-class FailureGroups(BaseModel):
+class FailureGroups(Shape):
     data: list[FailureGroup]
 
 
-class DeliveryRequest(BaseModel):
+class DeliveryRequest(Shape):
     """The request of a delivery as an attempt would send it now, signed."""
 
     method: Literal["POST"]
@@ -54,13 +55,13 @@ class DeliveryRequest(BaseModel):
     body: str
 
 
-class Hour(BaseModel):
+class Hour(Shape):
     time: str
     ok: int
     failed: int
 
 
-class EndpointHealth(BaseModel):
+class EndpointHealth(Shape):
     """Of the attempts of the last 24 hours, at most the latest 500."""
 
     attempts: int
@@ -77,7 +78,7 @@ class EndpointSample(OptionalBody):
     data: dict[str, Any] | None = None
 
 
-class TaskCallback(BaseModel):
+class TaskCallback(Shape):
     id: str
     verdict: str
     status: str | None = Field(description="what it reports; null if it cannot be read")
@@ -88,5 +89,5 @@ class TaskCallback(BaseModel):
     body: str | None = Field(description="admin: what the upstream sent, while it is kept")
 
 
-class TaskCallbacks(BaseModel):
+class TaskCallbacks(Shape):
     data: list[TaskCallback]

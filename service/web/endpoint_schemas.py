@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from service.web.field_schemas import (
     TEXT,
@@ -15,6 +15,7 @@ from service.web.field_schemas import (
     TrimmedUrl,
     list_of,
 )
+from service.web.shapes import Shape
 
 MAX_HEADERS, KEY_CHARS, PAIRS = 10, 512, 16
 # The service, HTTP or a proxy sets these. A name that ends in a dash stands for all that begin so.
@@ -112,14 +113,14 @@ class EndpointPatch(Body):
     rate_per_s: Rate | None = Field(None, description=RATE)
 
 
-class Missed(BaseModel):
+class Missed(Shape):
     """The events that a disabled endpoint missed. `POST …/replay` with this `since` sends them."""
 
     since: str
     count: int
 
 
-class Endpoint(BaseModel):
+class Endpoint(Shape):
     id: str
     owner: str | None
     url: str

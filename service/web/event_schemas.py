@@ -2,24 +2,25 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from service.tasks.state import State
+from service.web.shapes import Shape
 
 
-class TaskInfo(BaseModel):
+class TaskInfo(Shape):
     can_cancel: bool
     estimated_time: int | None
 
 
-class Usage(BaseModel):
+class Usage(Shape):
     billing_rule: str | None
     credits_reserved: float | None
     credits_used: float | None
     user_group: str | None
 
 
-class TaskImage(BaseModel):
+class TaskImage(Shape):
     id: str
     index: int
     url: str
@@ -30,7 +31,7 @@ class TaskImage(BaseModel):
     height: int
 
 
-class TaskInput(BaseModel):
+class TaskInput(Shape):
     """An input image. Only the URL of a public link is known."""
 
     id: str | None
@@ -40,7 +41,7 @@ class TaskInput(BaseModel):
     height: int | None
 
 
-class TaskError(BaseModel):
+class TaskError(Shape):
     model_config = ConfigDict(extra="allow")
 
     code: str
@@ -48,7 +49,7 @@ class TaskError(BaseModel):
     type: str | None
 
 
-class EventTask(BaseModel):
+class EventTask(Shape):
     """A task in an event, without its prompt."""
 
     id: str
@@ -81,7 +82,7 @@ class EventTask(BaseModel):
     images: list[TaskImage]
 
 
-class Event(BaseModel):
+class Event(Shape):
     specversion: Literal["1.0"]
     id: str
     source: str
@@ -95,13 +96,13 @@ class Event(BaseModel):
     data: dict[str, Any] = Field(description="for `image.task.*`: the task at that time")
 
 
-class EventPage(BaseModel):
+class EventPage(Shape):
     data: list[Event]
     next_after: str
     resync: bool
 
 
-class Conflict(BaseModel):
+class Conflict(Shape):
     """A callback or a query's response that contradicts the task's earlier data."""
 
     task_id: str
@@ -110,7 +111,7 @@ class Conflict(BaseModel):
     reason: str
 
 
-class LateResult(BaseModel):
+class LateResult(Shape):
     """The upstream's proof about a task that the service had ended. State and event stand, credits
     and images are recorded.
     """
@@ -125,7 +126,7 @@ class LateResult(BaseModel):
     lost: int
 
 
-class Parked(BaseModel):
+class Parked(Shape):
     """A row that crashed its worker too often. No worker tries it again. `advice`: what an operator
     does about it.
     """
@@ -137,7 +138,7 @@ class Parked(BaseModel):
     advice: str
 
 
-class AtRisk(BaseModel):
+class AtRisk(Shape):
     """An image that is not downloaded yet and may be lost: the address guard refuses its host, it
     was no image so far, or its link expires soon.
     """
@@ -152,13 +153,13 @@ class AtRisk(BaseModel):
     setting: str | None = Field(description="the setting that does not list it")
 
 
-class EndpointDisabled(BaseModel):
+class EndpointDisabled(Shape):
     endpoint_id: str
     reason: str
     disabled_at: str
 
 
-class EndpointRecovered(BaseModel):
+class EndpointRecovered(Shape):
     """An attempt succeeded after every attempt had failed."""
 
     endpoint_id: str
@@ -167,13 +168,13 @@ class EndpointRecovered(BaseModel):
     seconds: float
 
 
-class EndpointTest(BaseModel):
+class EndpointTest(Shape):
     """Requested by the endpoint's owner. No list of events contains it."""
 
     endpoint_id: str
 
 
-class DeliveryExhausted(BaseModel):
+class DeliveryExhausted(Shape):
     """A delivery that failed its last retry. The service keeps it for a replay."""
 
     delivery_id: str
@@ -182,20 +183,20 @@ class DeliveryExhausted(BaseModel):
     task_id: str | None
 
 
-class AccountRefused(BaseModel):
+class AccountRefused(Shape):
     """The upstream refuses the service's key or account. Submissions wait until it takes them."""
 
     upstream: str
     reason: str
 
 
-class AccountRestored(BaseModel):
+class AccountRestored(Shape):
     """The upstream takes the service's key and account again."""
 
     upstream: str
 
 
-class BudgetExhausted(BaseModel):
+class BudgetExhausted(Shape):
     """A submission was refused because of its owner's budget, for the first time in the period."""
 
     owner: str
@@ -206,14 +207,14 @@ class BudgetExhausted(BaseModel):
     left: float
 
 
-class SubmissionPaused(BaseModel):
+class SubmissionPaused(Shape):
     """An operator paused submission. Tasks wait. Callbacks, downloads and deliveries go on."""
 
     reason: str
     key_id: str
 
 
-class SubmissionResumed(BaseModel):
+class SubmissionResumed(Shape):
     """An operator resumed submission."""
 
     reason: str | None
@@ -223,7 +224,7 @@ class SubmissionResumed(BaseModel):
 
 
 TASK_STATES = ("submitted", "completed", "failed", "cancelled", "expired")
-EVENT_TYPES: dict[str, type[BaseModel]] = {
+EVENT_TYPES: dict[str, type[Shape]] = {
     **{f"image.task.{state}": EventTask for state in TASK_STATES},
     "callback.conflict": Conflict,
     "task.late_result": LateResult,

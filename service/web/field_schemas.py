@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -17,6 +16,7 @@ from service.tasks.accept import MODEL_CHARS
 from service.tasks.metadata import METADATA_PAIRS
 from service.upstreams.catalogue_entry import MAX_N
 from service.web.event_schemas import EVENT_TYPES
+from service.web.shapes import Shape
 
 
 def beginnings(type: str) -> list[str]:
@@ -85,12 +85,12 @@ TrimmedUrl = Annotated[str, AfterValidator(trimmed), WithJsonSchema(PUBLIC_URL)]
 EndpointStatus = Literal["enabled", "paused", "disabled"]
 
 
-def list_of(item: Any) -> type[BaseModel]:
+def list_of(item: Any) -> type[Shape]:
     fields: Any = {"data": (list[item], ...), "next_cursor": (str | None, ...)}
-    return create_model(f"{item.__name__}List", **fields)
+    return create_model(f"{item.__name__}List", __base__=Shape, **fields)
 
 
-class Body(BaseModel):
+class Body(Shape):
     """A body without unknown fields. Values have the types of the document, and none is converted
     from another type.
     """
@@ -102,7 +102,7 @@ class OptionalBody(Body):
     """A request may leave the body out."""
 
 
-class Submission(BaseModel):
+class Submission(Shape):
     """The upstream's fields, and unknown ones, which the service passes on. `callback_url` and
     `metadata` stay in the service. `GET /v1/catalogue` has the fields and limits of each model. A
     field that a model requires must be there, and a value must be within its limits.

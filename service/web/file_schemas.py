@@ -2,12 +2,13 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from service.web.field_schemas import Text, list_of
+from service.web.shapes import Shape
 
 
-class FormBody(BaseModel):
+class FormBody(Shape):
     """A body in multipart/form-data."""
 
 
@@ -18,7 +19,7 @@ class Upload(FormBody):
     )
 
 
-class File(BaseModel):
+class File(Shape):
     id: str
     object: Literal["file"]
     created: int
@@ -37,21 +38,21 @@ FileList = list_of(File)
 # --- the upstream's own file API
 
 
-class EncodedUpload(BaseModel):
+class EncodedUpload(Shape):
     model_config = ConfigDict(strict=True)
 
     base64_data: Text = Field(min_length=1, description="base64, or a `data:` URL of an image")
     file_name: Text | None = None
 
 
-class LinkedUpload(BaseModel):
+class LinkedUpload(Shape):
     model_config = ConfigDict(strict=True)
 
     file_url: Text = Field(min_length=1, description="a public link of an image")
     file_name: Text | None = None
 
 
-class UpstreamFile(BaseModel):
+class UpstreamFile(Shape):
     file_id: str
     file_name: str
     original_name: str
@@ -64,7 +65,7 @@ class UpstreamFile(BaseModel):
     expires_at: str
 
 
-class FileAnswer(BaseModel):
+class FileAnswer(Shape):
     success: Literal[True]
     code: Literal[200]
     msg: str
@@ -74,7 +75,7 @@ class UploadedFile(FileAnswer):
     data: UpstreamFile
 
 
-class UpstreamFiles(BaseModel):
+class UpstreamFiles(Shape):
     files: list[UpstreamFile]
     total: int
     page: int
@@ -85,7 +86,7 @@ class ListedFiles(FileAnswer):
     data: UpstreamFiles
 
 
-class FileQuota(BaseModel):
+class FileQuota(Shape):
     user_group: str
     total_files: int
     used_files: int
@@ -98,7 +99,7 @@ class QuotaAnswer(FileAnswer):
     data: FileQuota
 
 
-class ErasedUpload(BaseModel):
+class ErasedUpload(Shape):
     file_id: str
 
 
@@ -106,7 +107,7 @@ class ErasedAnswer(FileAnswer):
     data: ErasedUpload
 
 
-class FileFailure(BaseModel):
+class FileFailure(Shape):
     success: Literal[False]
     code: int
     msg: str

@@ -2,14 +2,15 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from service.web.catalogue_schemas import Credits
 from service.web.field_schemas import Body, list_of
 from service.web.key_schemas import CreditLimit
+from service.web.shapes import Shape
 
 
-class BookedEntry(BaseModel):
+class BookedEntry(Shape):
     """An entry of the ledger. It is never changed and never deleted."""
 
     id: str
@@ -23,7 +24,7 @@ class BookedEntry(BaseModel):
     source: Literal["catalogue", "submit", "query", "callback", "operator"]
 
 
-class UsageTotals(BaseModel):
+class UsageTotals(Shape):
     """Sums of tasks. `used` is before `refunded`."""
 
     tasks: int
@@ -39,7 +40,7 @@ class UsageRow(UsageTotals):
     key: str = Field(description="the day in UTC, the model, the owner or the task")
 
 
-class UsageReport(BaseModel):
+class UsageReport(Shape):
     data: list[UsageRow]
     totals: UsageTotals
 
@@ -51,7 +52,7 @@ class BudgetChange(Body):
     credits: CreditLimit | None
 
 
-class OwnersBudget(BaseModel):
+class OwnersBudget(Shape):
     owner: str
     period: Literal["day", "month", "total"]
     since: str = Field(description="the beginning of the current period")

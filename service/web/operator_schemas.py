@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AwareDatetime, ConfigDict, Field, JsonValue, model_validator
 
 from service.tasks.state import State
 from service.web.field_schemas import Body, OptionalBody, Owner, Text, list_of
+from service.web.shapes import Shape
 
 REASON_CHARS = 500
 Reason = Annotated[
@@ -34,7 +35,7 @@ class SubmissionChange(Body):
         return self
 
 
-class SubmissionState(BaseModel):
+class SubmissionState(Shape):
     paused: bool
     reason: str | None
     since: str | None
@@ -69,24 +70,24 @@ class BulkResolution(BulkBody):
     decision: Literal["failed", "resubmit"] = Field(alias="as")
 
 
-class BulkDone(BaseModel):
+class BulkDone(Shape):
     count: int = Field(description="tasks that match")
     done: int | None = Field(description="tasks that the act changed; null after a dry run")
 
 
-class CheckResult(BaseModel):
+class CheckResult(Shape):
     name: str
     state: Literal["ok", "warning", "fault", "skipped"]
     finding: str
     mend: str | None = Field(description="what to do about a warning or a fault")
 
 
-class Examination(BaseModel):
+class Examination(Shape):
     status: Literal["ok", "warning", "fault"] = Field(description="the worst state of a check")
     checks: list[CheckResult]
 
 
-class RecordedAct(BaseModel):
+class RecordedAct(Shape):
     """An act of an operator or owner. It is never changed."""
 
     id: str

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
 from service.ids import UPSTREAM_ID
 from service.web.catalogue_schemas import BudgetFigures, Credits
 from service.web.event_schemas import EventTask
 from service.web.field_schemas import Body, OptionalBody, Owner, Patterns, list_of
+from service.web.shapes import Shape
 
 ONE_OF_BOTH: dict[str, Any] = {
     "oneOf": [
@@ -32,7 +33,7 @@ class Resolution(Body):
         return self
 
 
-class QuarantinedBody(BaseModel):
+class QuarantinedBody(Shape):
     """The last body of a result that was no image. The blob store keeps it."""
 
     index: int
@@ -42,7 +43,7 @@ class QuarantinedBody(BaseModel):
     reason: str | None
 
 
-class ImageData(BaseModel):
+class ImageData(Shape):
     url: str
 
 
@@ -61,14 +62,14 @@ class CancelledTask(Task):
     cancel: Literal["upstream", "local"]
 
 
-class Step(BaseModel):
+class Step(Shape):
     model_config = ConfigDict(extra="allow")
 
     time: str
     step: str
 
 
-class Timeline(BaseModel):
+class Timeline(Shape):
     data: list[Step]
 
 
@@ -92,12 +93,12 @@ class NewReplay(OptionalBody):
     dry_run: bool = Field(False, description="only count")
 
 
-class Counted(BaseModel):
+class Counted(Shape):
     id: str | None = Field(description="of the replay; null after a dry run")
     count: int
 
 
-class Replay(BaseModel):
+class Replay(Shape):
     id: str
     endpoint: str | None
     filter: dict[str, Any] | None = Field(description="of `POST /v1/replays`, else null")
@@ -117,7 +118,7 @@ class Replay(BaseModel):
     finished_at: str | None
 
 
-class Attempt(BaseModel):
+class Attempt(Shape):
     id: str
     time: str
     status: int | None
@@ -126,7 +127,7 @@ class Attempt(BaseModel):
     answer: str | None = Field(description="admin: the first 2 KiB of the subscriber's response")
 
 
-class Delivery(BaseModel):
+class Delivery(Shape):
     id: str
     endpoint: str | None
     event: str
@@ -139,7 +140,7 @@ class Delivery(BaseModel):
     attempts: list[Attempt]
 
 
-class Key(BaseModel):
+class Key(Shape):
     id: str
     owner: str
     hint: str
@@ -159,16 +160,16 @@ class SecretRotation(Rotation):
     owner: Owner | None = Field(None, description="admin: an owner; by default the caller's own")
 
 
-class CallbackSecret(BaseModel):
+class CallbackSecret(Shape):
     owner: str
     callback_secret: str = Field(description="shown here only")
 
 
-class Health(BaseModel):
+class Health(Shape):
     status: Literal["ok"]
 
 
-class Readiness(BaseModel):
+class Readiness(Shape):
     status: Literal["ok", "degraded", "unavailable"]
     causes: list[str] = Field(
         [],
@@ -185,7 +186,7 @@ class RefusingBudget(BudgetFigures):
     estimate: Credits | None = Field(description="of the refused task; null without a price")
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(Shape):
     code: str
     message: str
     type: str
@@ -195,7 +196,7 @@ class ErrorDetail(BaseModel):
     budget: RefusingBudget | None = Field(None, description="only of `budget_exceeded`")
 
 
-class Error(BaseModel):
+class Error(Shape):
     error: ErrorDetail
 
 
