@@ -22,8 +22,9 @@ from tests.environment import clean_environment
 from tests.inputs import photo
 from tests.processes import UPSTREAM_KEY, sandbox, service_settings
 from tests.servers import free_port, missing
+from tests.terminals import COMMAND_S, quick_program
 
-START_S, STOP_S, COMMAND_S = 60, 30, 120
+START_S, STOP_S = 60, 30
 SERVER = re.compile(r"darkroom (serve|worker|sandbox)\b")
 pytestmark = pytest.mark.timeout(300)
 
@@ -44,8 +45,11 @@ class Shell:
     each server, by its command.
     """
 
-    def __init__(self, folder: Path, words: dict[str, str], ports: dict[str, int]) -> None:
+    def __init__(
+        self, folder: Path, programs: Path, words: dict[str, str], ports: dict[str, int]
+    ) -> None:
         self.folder, self.words, self.ports = folder, words, ports
+        self._path = f"{programs}:{sys.prefix}/bin:{os.environ['PATH']}"
         self.output = ""
         self._servers: dict[int, subprocess.Popen[bytes]] = {}
         self._exported = folder / "exported.sh"
@@ -75,7 +79,7 @@ class Shell:
         done = subprocess.run(
             self._script(keep),
             cwd=self.folder,
-            env=clean_environment({"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}),
+            env=clean_environment({"PATH": self._path}),
             capture_output=True,
             text=True,
             timeout=COMMAND_S,
@@ -102,7 +106,7 @@ class Shell:
             self._servers[port] = subprocess.Popen(
                 self._script(command),
                 cwd=self.folder,
-                env=clean_environment({"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}),
+                env=clean_environment({"PATH": self._path}),
                 stdout=log,
                 stderr=log,
             )
@@ -141,11 +145,12 @@ def terminal(folder: Path, upstream: str, **settings: str) -> Iterator[Shell]:
         "https://hooks.example": f"http://127.0.0.1:{port}",
         "/backups/": f"{folder}/",
     }
-    shell = Shell(folder, words, {"serve": port})
-    try:
-        yield shell
-    finally:
-        shell.end()
+    with quick_program(folder) as programs:
+        shell = Shell(folder, programs, words, {"serve": port})
+        try:
+            yield shell
+        finally:
+            shell.end()
 
 
 @pytest.fixture(scope="module")
