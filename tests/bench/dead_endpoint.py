@@ -49,7 +49,7 @@ class Scale:
     seconds: float
 
 
-FULL, QUICK = Scale(5, 20, 20), Scale(1, 20, 3)
+FULL, QUICK = Scale(5, 20, 20), Scale(1, 20, 1)
 
 
 class Subscribers:

@@ -44,7 +44,7 @@ async def send(address: str, requests: Iterator[bytes]) -> None:
 
 def measured(folder: Path, upstream: str, callbacks: int) -> Iterator[float]:
     """The resident memory in MiB: at first, and after each part of the callbacks."""
-    asyncio.run(prepare(folder, upstream, TASKS))
+    asyncio.run(prepare(folder, upstream, min(TASKS, callbacks)))
     shutil.copytree(folder / "template", folder / "data")
     lines = (folder / "requests").read_text().splitlines()
     requests = cycle([request_bytes(**json.loads(line)) for line in lines])
