@@ -16,8 +16,10 @@ import pytest
 
 from tests.api import ASYNC, got, submitted
 from tests.brokers import PASSWORD, START_S, USER, address, broker_running, made
-from tests.consumers.programs import Running, written
-from tests.processes import ADMIN_KEY, sandbox, service_settings, started
+from tests.consumers.programs import quick, written
+from tests.environment import STOP_S
+from tests.launcher import Forked
+from tests.processes import ADMIN_KEY, forked, sandbox, service_settings, started
 from tests.servers import free_port
 from tests.waiting import wait_until
 
@@ -40,22 +42,26 @@ class Consumer:
     random: random.Random
     port: int = 0
     kills: int = 0
-    running: list[Running] = field(default_factory=list)
+    running: list[Forked] = field(default_factory=list)
 
     def start(self) -> None:
-        self.running.append(Running(self.folder, self.program, self.environment, self.port))
+        output, faults = self.folder / "output", self.folder / f"{self.program}.faults"
+        prelude = quick(self.program, self.port)
+        self.running.append(forked((), self.folder, output, faults, self.environment, prelude))
 
     def kill(self) -> None:
         self.stop()
         self.kills += 1
 
     def stop(self) -> None:
-        self.running.pop().kill()
+        process = self.running.pop()
+        process.kill()
+        process.wait(STOP_S)
 
     @property
     def count(self) -> int:
         faults = self.folder / f"{self.program}.faults"
-        assert self.running[-1].process.poll() is None, faults.read_text("utf-8")[-2000:]
+        assert self.running[-1].poll() is None, faults.read_text("utf-8")[-2000:]
         with (
             closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db,
             suppress(sqlite3.OperationalError),

@@ -125,6 +125,8 @@ async def test_a_receiver_takes_each_event_once_and_nothing_forged(
             rotated = got(await client.post(f"/v1/endpoints/{made['id']}/rotate"))
             assert got(await client.post(f"/v1/endpoints/{made['id']}/test"))["status"] == 204
         assert len(program.taken) == len(ids) + 1
+        if library != "standardwebhooks":  # the inbox does not know the library
+            return
         with running(tmp_path, receiver, {"SECRET": rotated["secret"]}, port) as program:
             await listening(port)
             assert (
