@@ -1,4 +1,4 @@
-"""People at the console: a signed-in page of a real browser, at a width and in a colour scheme.
+"""People at the console: a signed-in page of a real browser.
 
 A page that logs an error, breaks its Content-Security-Policy or asks another host fails its test.
 """
@@ -7,9 +7,8 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from playwright.async_api import Browser, Page, async_playwright
@@ -22,21 +21,11 @@ from tests.world import ADMIN_KEY, World
 AXE = Path(sys.prefix) / "node" / "node_modules" / "axe-core" / "axe.min.js"
 SERIOUS = ("serious", "critical")
 HEIGHT = 800
+VIOLATIONS = "async () => (await axe.run({ resultTypes: ['violations'] })).violations"
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A width in pixels, and a colour scheme."""
-
-    width: int
-    scheme: str
-
-    def __str__(self) -> str:
-        return f"{self.width}-{self.scheme}"
-
-
-LOOKS = [Look(width, scheme) for width in (1280, 360) for scheme in ("light", "dark")]
-WIDE, NARROW = LOOKS[0], LOOKS[3]
+WIDTHS = WIDE, NARROW = 1280, 360
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 
 @asynccontextmanager
@@ -55,10 +44,10 @@ async def chromium() -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def person(
-    browser: Browser, world: World, look: Look = WIDE, key: str | None = ADMIN_KEY, **more: Any
+    browser: Browser, world: World, width: int = WIDE, key: str | None = ADMIN_KEY, **more: Any
 ) -> AsyncIterator[Page]:
     """A page of somebody who has signed in with the key. None: nobody has signed in."""
-    async with stranger(browser, world.url, look, **more) as page:
+    async with stranger(browser, world.url, width, **more) as page:
         if key is not None:
             session = cookie(world, key)
             await page.context.add_cookies([{"name": COOKIE, "value": session, "url": world.url}])
@@ -67,14 +56,11 @@ async def person(
 
 @asynccontextmanager
 async def stranger(
-    browser: Browser, url: str, look: Look = WIDE, **more: Any
+    browser: Browser, url: str, width: int = WIDE, **more: Any
 ) -> AsyncIterator[Page]:
     """A page of a person who opens the console at this address for the first time."""
     context = await browser.new_context(
-        viewport={"width": look.width, "height": HEIGHT},
-        color_scheme="dark" if look.scheme == "dark" else "light",
-        base_url=url,
-        **more,
+        viewport={"width": width, "height": HEIGHT}, base_url=url, **more
     )
     context.set_default_timeout(10_000)
     page, wrong = await context.new_page(), list[str]()
@@ -102,15 +88,23 @@ def foreign(own: str, url: str) -> bool:
 
 
 async def complaints(page: Page) -> list[str]:
-    """What axe-core finds serious on the page, and whether the page is wider than its window."""
+    """What axe-core finds serious on the page in each colour scheme, and whether the page is wider
+    than its window.
+    """
     if not AXE.exists():
         missing("axe-core")
     await page.evaluate(AXE.read_text("utf-8"))
-    found = await page.evaluate("async () => (await axe.run()).violations")
-    wide = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
-    return [
-        f"{each['id']}: {node['html'][:200]} {node['failureSummary']}"
-        for each in found
-        if each["impact"] in SERIOUS
-        for node in each["nodes"]
-    ] + ([f"the page is {wide} px wider than its window"] if wide > 0 else [])
+    found = []
+    for scheme in SCHEMES:
+        await page.emulate_media(color_scheme=scheme)
+        violations = await page.evaluate(VIOLATIONS)
+        found += [
+            f"{scheme}: {each['id']}: {node['html'][:200]} {node['failureSummary']}"
+            for each in violations
+            if each["impact"] in SERIOUS
+            for node in each["nodes"]
+        ]
+        wide = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        if wide > 0:
+            found.append(f"{scheme}: the page is {wide} px wider than its window")
+    return found

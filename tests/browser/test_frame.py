@@ -1,24 +1,24 @@
-"""The frame of every page: sign-in, navigation, sign-out, at both widths and in both schemes."""
+"""The frame of every page: sign-in, navigation, sign-out, at both widths."""
 
 import pytest
 from playwright.async_api import Browser, expect
 
-from tests.browser.people import LOOKS, NARROW, Look, complaints, person
+from tests.browser.people import NARROW, WIDTHS, complaints, person
 from tests.world import ADMIN_KEY, World
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_a_person_signs_in_by_a_key_and_out_again(
-    browser: Browser, here: World, look: Look
+    browser: Browser, here: World, width: int
 ) -> None:
     """A page that was asked for before the sign-in opens after it."""
-    async with person(browser, here, look, None) as page:
+    async with person(browser, here, width, None) as page:
         await page.goto("/console/playground?model=wan2.5-text-to-image")
         assert await complaints(page) == []
         await page.get_by_label("API key").fill(ADMIN_KEY)
         await page.keyboard.press("Enter")
         await page.wait_for_url("**/console/playground?model=*")
-        if look.width < 760:
+        if width < 760:
             await page.get_by_label("Menu").click()
         await page.get_by_role("button", name="Sign out").locator("visible=true").click()
         await page.wait_for_url("**/console/sign-in")
@@ -46,15 +46,15 @@ async def test_everything_works_without_scripts(browser: Browser, here: World) -
         await page.wait_for_url("**/console/playground")
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_axe_finds_nothing_serious_on_any_page(
-    browser: Browser, here: World, look: Look
+    browser: Browser, here: World, width: int
 ) -> None:
     """Every page of the navigation with one task in the store, and the API's documentation. No page
     is wider than the window.
     """
     await here.ended((await here.submit())["id"])
-    async with person(browser, here, look) as page:
+    async with person(browser, here, width) as page:
         await page.goto("/console/playground")
         links = page.locator("nav.wide a")
         for path in [await link.get_attribute("href") or "" for link in await links.all()]:

@@ -7,20 +7,20 @@ import zipfile
 import pytest
 from playwright.async_api import Browser, expect
 
-from tests.browser.people import LOOKS, Look, complaints, person
+from tests.browser.people import WIDTHS, complaints, person
 from tests.world import World
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_pictures_are_found_walked_through_and_downloaded(
-    browser: Browser, here: World, look: Look
+    browser: Browser, here: World, width: int
 ) -> None:
     """By the text of the prompt, with the keyboard alone: arrows move, the space bar selects, Enter
     opens the large view.
     """
-    prompt = f"a glass bowl {look}"
+    prompt = f"a glass bowl {width}"
     task = await here.ended((await here.submit(prompt=prompt, n=2))["id"])
-    async with person(browser, here, look) as page:
+    async with person(browser, here, width) as page:
         await page.goto("/console/gallery")
         await page.get_by_label("Text of the prompt").fill(prompt)
         await page.keyboard.press("Enter")
@@ -50,15 +50,15 @@ async def test_pictures_are_found_walked_through_and_downloaded(
         await expect(page.get_by_role("heading", name="Picture 2 of 2")).to_be_visible()
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_an_owner_gets_a_key_with_a_budget_spends_and_loses_the_key(
-    browser: Browser, here: World, look: Look
+    browser: Browser, here: World, width: int
 ) -> None:
     """The key is shown once. Spending has the bar of the budget, the cost by day and the dearest
     task, and the overview has the figures behind it.
     """
-    owner = f"press-{look}"
-    async with person(browser, here, look) as page:
+    owner = f"press-{width}"
+    async with person(browser, here, width) as page:
         await page.goto("/console/keys")
         await page.get_by_label("Owner").fill(owner)
         await page.get_by_label("Budget in credits").fill("10")

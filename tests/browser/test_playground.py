@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from playwright.async_api import Browser, FilePayload, Page, expect
 
-from tests.browser.people import LOOKS, NARROW, WIDE, Look, complaints, person
+from tests.browser.people import NARROW, WIDE, WIDTHS, complaints, person
 from tests.world import World
 
 PLAYGROUND = "/console/playground"
@@ -41,12 +41,12 @@ async def fill(page: Page, label: str, text: str) -> None:
         await page.get_by_label(label).fill(text)
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_a_prompt_becomes_a_picture_with_its_cost(
-    browser: Browser, here: World, look: Look
+    browser: Browser, here: World, width: int
 ) -> None:
     """The estimate stands beside the button, the progress is live, the picture has its aspect."""
-    async with person(browser, here, look) as page:
+    async with person(browser, here, width) as page:
         await page.goto(PLAYGROUND)
         await page.get_by_label("Prompt", exact=False).first.fill("灯塔 in the fog")
         await expect(page.locator("#prompt-count")).to_have_text("13 of 2000 characters")

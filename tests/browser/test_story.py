@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.async_api import Browser, FilePayload, Page, expect
 
-from tests.browser.people import LOOKS, Look, complaints, stranger
+from tests.browser.people import WIDTHS, complaints, stranger
 from tests.environment import ROOT
 from tests.inputs import photo
 from tests.processes import Running, started
@@ -33,16 +33,16 @@ async def opened(page: Page, title: str) -> None:
     await expect(page.get_by_role("heading", level=1, name=title)).to_be_visible()
 
 
-@pytest.mark.parametrize("look", [LOOKS[0], LOOKS[3]], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_a_picture_is_edited_paid_delivered_again_and_found_in_the_browser_alone(
-    browser: Browser, dev: Running, look: Look
+    browser: Browser, dev: Running, width: int
 ) -> None:
     """Sign in, add an endpoint that refuses, upload a picture and edit it, see the estimate, the
     result, its timeline and its cost, mend the endpoint, replay the delivery, and find the task by
     its prompt. Everything is reached by links and buttons from the first page.
     """
-    told, prompt = dev.announcement, f"a paper boat at dusk, 黄昏的纸船, {look}"
-    async with stranger(browser, dev.address, look) as page:
+    told, prompt = dev.announcement, f"a paper boat at dusk, 黄昏的纸船, {width}"
+    async with stranger(browser, dev.address, width) as page:
         await page.goto("/console/")
         await page.get_by_label("API key").fill(told["key"])
         await page.get_by_role("button", name="Sign in").click()
@@ -57,7 +57,7 @@ async def test_a_picture_is_edited_paid_delivered_again_and_found_in_the_browser
         assert await complaints(page) == []
         await broken_delivery_sent_again(page)
         await opened(page, "Tasks")
-        await page.get_by_label("Text of your prompts").fill(f"黄昏的纸船, {look}")
+        await page.get_by_label("Text of your prompts").fill(f"黄昏的纸船, {width}")
         await page.get_by_role("button", name="Filter").click()
         rows = page.locator("#list tbody tr")
         await expect(rows).to_have_count(1)

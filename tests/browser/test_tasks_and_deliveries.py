@@ -7,7 +7,7 @@ import pytest
 from playwright.async_api import Browser, expect
 from starlette.responses import Response
 
-from tests.browser.people import LOOKS, Look, complaints, person
+from tests.browser.people import WIDTHS, complaints, person
 from tests.world import Subscriber, World, subscriber
 
 
@@ -17,15 +17,15 @@ async def shop() -> AsyncIterator[Subscriber]:
         yield made
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_a_task_is_found_by_its_prompt_and_erased_after_a_question(
-    browser: Browser, here: World, look: Look
+    browser: Browser, here: World, width: int
 ) -> None:
     """The list, the task with its timeline, and the dialog that asks."""
-    prompt = f"a harbour at dawn {look}"
+    prompt = f"a harbour at dawn {width}"
     task = await here.submit(prompt=prompt)
     await here.ended(task["id"])
-    async with person(browser, here, look) as page:
+    async with person(browser, here, width) as page:
         await page.goto("/console/tasks")
         await page.get_by_label("Text of your prompts").fill(prompt)
         await page.get_by_role("button", name="Filter").click()
@@ -41,16 +41,16 @@ async def test_a_task_is_found_by_its_prompt_and_erased_after_a_question(
         await expect(page.get_by_role("status").first).to_contain_text("The task is erased.")
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
 async def test_an_endpoint_is_added_its_delivery_breaks_and_is_replayed(
-    browser: Browser, here: World, shop: Subscriber, look: Look
+    browser: Browser, here: World, shop: Subscriber, width: int
 ) -> None:
     """The secret is shown once. The button has the count, the replay shows its progress."""
     shop.answer = lambda _n, _request: Response(status_code=503)
-    async with person(browser, here, look) as page:
+    async with person(browser, here, width) as page:
         await page.goto("/console/endpoints")
         await page.get_by_role("link", name="Add an endpoint").first.click()
-        await page.get_by_label("Address").fill(f"{shop.url}/{look}")
+        await page.get_by_label("Address").fill(f"{shop.url}/{width}")
         await page.get_by_label("Events").fill("image.task.completed")
         await page.get_by_role("button", name="Add").click()
         await expect(page.locator("#secret")).to_contain_text("whsec_")
