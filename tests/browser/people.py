@@ -30,8 +30,11 @@ SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """The machine's Chromium. Debian's package `chromium` has it."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    """The machine's Chromium. Debian's package `chromium` has it, and `chromium-headless-shell` has
+    the one without windows, which takes half of the time.
+    """
+    names = ("chromium-headless-shell", "chromium", "chromium-browser")
+    program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         missing("chromium")
     async with async_playwright() as playwright:
