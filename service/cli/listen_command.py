@@ -10,7 +10,6 @@ import typer
 from service.cli.api_client import ServiceUnreachable, api_client
 from service.cli.output import Json, Text, Texts, option, put, put_json, remark
 from service.errors import EgressError
-from service.signing import new_secret, sign_webhook
 from service.strict_json import JSON, compact_json
 
 PAGE, WAIT_S, MAX_FAILURES = 100, 30, 8
@@ -31,6 +30,8 @@ def listen(
     """Forward events to a program on this machine, signed as webhooks, until interrupted. Each is
     sent once, in order.
     """
+    from service.signing import new_secret
+
     receiver(url)
     secret = checked(secret) if secret else new_secret(os.urandom(32))
     client, query = api_client(), {"type": ",".join(type or []) or None, "limit": PAGE}
@@ -64,6 +65,8 @@ def receiver(url: str) -> None:
 
 
 def checked(secret: str) -> str:
+    from service.signing import sign_webhook
+
     try:
         sign_webhook([secret], "evt", 0, b"")
     except ValueError as error:
@@ -74,6 +77,7 @@ def checked(secret: str) -> str:
 def forward(url: str, secret: str, event: JSON, as_json: bool) -> None:
     """Sends one event, and prints what the program answered. A failure is not retried."""
     from service.net.service_client import ServiceClient
+    from service.signing import sign_webhook
 
     parts, body, now = urlsplit(url), compact_json(event).encode(), int(time.time())
     headers = {
