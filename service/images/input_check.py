@@ -6,7 +6,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from service.images.validator import InvalidImage, MeasuredImage, ValidImage
+from service.images.validation import InvalidImage, MeasuredImage, ValidImage
 
 INPUT_TYPES = {
     "JPEG": "image/jpeg",

@@ -13,7 +13,8 @@ import structlog
 from service.blobs.blob_store import CHUNK, Incoming
 from service.errors import ApiError, BlobUnavailable
 from service.ids import blob_name
-from service.images.validator import ImageValidator, InvalidImage, MeasuredImage, Validation
+from service.images.validation import InvalidImage, MeasuredImage, Validation
+from service.images.validator import ImageValidator
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.files import (

@@ -14,12 +14,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from service.errors import BlobUnavailable
 from service.fair_places import FairPlaces
+from service.images.validation import InvalidImage, MeasuredImage, Validation, ValidImage
 
 WALL_S = 120.0
 # The child's program. The last argument is where it imports from, because its environment is empty.
@@ -28,44 +28,6 @@ sys.path[:] = sys.argv.pop().split(":")
 from service.images.validator_child import main
 main(int(sys.argv[1]), int(sys.argv[2]))"""
 ROOT = Path(__file__).parents[2]  # where `service` is imported from
-
-
-@dataclass(frozen=True, slots=True)
-class ValidImage:
-    media_type: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class InvalidImage:
-    """`final`: the image exceeds a limit, so another download would not help."""
-
-    reason: str
-    final: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredImage:
-    """The figures of an input image, also of one that does not decode."""
-
-    media_type: str
-    bytes: int
-    width: int
-    height: int
-    alpha: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """`sha256` is in hex, or "" if the file was not read to its end. `measured` is that of an input
-    image. None: its header is not readable.
-    """
-
-    sha256: str
-    bytes: int
-    result: ValidImage | InvalidImage
-    measured: MeasuredImage | None = None
 
 
 class ImageValidator:

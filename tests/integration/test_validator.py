@@ -18,7 +18,8 @@ import pytest
 
 from service.errors import BlobUnavailable
 from service.images import validator
-from service.images.validator import ImageValidator, InvalidImage, ValidImage, open_validator
+from service.images.validation import InvalidImage, Validation, ValidImage
+from service.images.validator import ImageValidator, open_validator
 from service.images.validator_child import validate_file
 from tests.downloads import called, downloading, link, made, served, validator_children
 from tests.environment import ROOT
@@ -42,9 +43,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def waiting(
-    pool: ImageValidator, file: Path
-) -> tuple[int, "asyncio.Task[validator.Validation]"]:
+async def waiting(pool: ImageValidator, file: Path) -> tuple[int, "asyncio.Task[Validation]"]:
     """The pid of a stopped child, and a call that waits for it."""
     await pool.validate(file, compressed=False)
     pid = pool.idle[0].pid
@@ -181,7 +180,7 @@ async def test_a_picture_that_kills_its_child_is_worth_another_try(
     """The answer has no digest, and the next file gets a new child."""
     pid, call = await waiting(pool, file)
     os.kill(pid, signal.SIGKILL)
-    assert await call == validator.Validation("", 0, InvalidImage("its decoder broke down"))
+    assert await call == Validation("", 0, InvalidImage("its decoder broke down"))
     assert gone(pid)
     assert (await pool.validate(file, compressed=False)).result == SMALL
 
