@@ -95,6 +95,14 @@ class Launcher:
         return pid
 
 
+def state_of(pid: int) -> str:
+    """One letter, as in proc(5): `Z` has ended, `T` is stopped. "": its parent has reaped it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 class Forked:
     """A process that a launcher started, with the methods of `subprocess.Popen` that tests use."""
 
@@ -104,7 +112,7 @@ class Forked:
         self.pid = pid
 
     def poll(self) -> int | None:
-        if self._code is None:
+        if self._code is None and state_of(self.pid) in ("Z", ""):
             self._code = self._launcher.ask(poll=self.pid)
         return self._code
 
@@ -172,9 +180,10 @@ def borrowed() -> Iterator[Launcher]:
     try:
         yield launcher
     finally:
-        for process in [Forked(launcher, pid) for pid in launcher.started[before:]]:
-            process.kill()
-            process.wait(STOP_S)
+        for pid in launcher.started[before:]:
+            if launcher.ask(poll=pid) is None:
+                os.kill(pid, signal.SIGKILL)
+                Forked(launcher, pid).wait(STOP_S)
 
 
 class Launched:
@@ -211,7 +220,7 @@ class Launched:
     @property
     def stopped(self) -> bool:
         """Whether the process is stopped by SIGSTOP."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+        return state_of(self.pid) == "T"
 
 
 def shorten_leases(lease_ms: int) -> None:

@@ -29,7 +29,7 @@ SANDBOX = SandboxOptions(
     networks=(ip_network(LOOPBACK),),
     delay_s=0.3,
     callback_timeout_s=2,
-    callback_delays_s=(0.5,) * 200,
+    callback_delays_s=(1.0,) * 100,
 )
 
 

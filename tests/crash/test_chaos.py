@@ -17,7 +17,7 @@ from tests.servers import missing, postgres_binaries
 SHORT = ("--tasks", "50", "--kills", "8", "--restarts", "1", "--seconds", "10", "--patience", "240")
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(840)
 def test_a_short_chaos_run_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """The run kills and pauses processes, restarts the server, and takes the upstream and the
     subscriber away for a while. On each store every task ends once, is paid once and has its events
@@ -26,7 +26,7 @@ def test_a_short_chaos_run_loses_and_doubles_nothing(tmp_path: Path) -> None:
     if postgres_binaries() is None:
         missing("PostgreSQL's binaries", "PATH")
     done = run_module(
-        "tests.crash.chaos", *SHORT, "--seed", "7", "--folder", str(tmp_path), limit_s=400
+        "tests.crash.chaos", *SHORT, "--seed", "7", "--folder", str(tmp_path), limit_s=800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.findall(r"^\| \**([^|*]+?)\** \| ([^|]+) \| ([^|]+) \|$", done.stdout, re.MULTILINE)

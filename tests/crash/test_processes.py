@@ -1,21 +1,16 @@
 """Several web and worker processes share one PostgreSQL store. Another process takes over a dead
-process's work, a lost notification only costs time, and the server may restart. Locks and
-connection pools are bounded.
+process's work, and a lost notification only costs time. Locks and connection pools are bounded.
 """
 
 import asyncio
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 
 from service.db.postgres import COMMITTERS, READERS
-from tests.api import got
-from tests.crash.chaos.members import restart
 from tests.crash.group import LEASE_MS, PATIENCE_S, WEB, WORKER, ask, groups, terminating
-from tests.servers import missing, postgres_binaries, postgres_running
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
@@ -23,16 +18,6 @@ pytestmark = pytest.mark.timeout(180)
 # The listening session also looks for stalled sessions. Its last statement may be either.
 LISTENS = "(query ILIKE 'LISTEN%' OR query LIKE 'SELECT pid FROM (%')"
 CONNECTIONS = COMMITTERS + READERS + 1
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[str]:
-    """A server that tests may restart."""
-    binaries = postgres_binaries()
-    if binaries is None:
-        missing("PostgreSQL")
-    with postgres_running(binaries) as url:
-        yield url
 
 
 async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_server: str) -> None:
@@ -87,54 +72,6 @@ async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_serve
             )
 
         await wait_until(listening, PATIENCE_S)
-        group.alive()
-
-
-@pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_a_restart_of_the_server_ends_no_process(
-    tmp_path: Path, own_server: str, mode: str
-) -> None:
-    """During the restart the service answers callbacks with 503 and `Retry-After`. It accepts them
-    afterwards and work continues. Each process logs a few lines about the restart.
-    """
-    async with groups(tmp_path, own_server) as group:
-        web, _ = [await group.start(role) for role in (WEB, WORKER)]
-        known = await group.order(web, 0, sandbox={"fail": "service_error", "drop_callback": True})
-        task = got(await web.client.get(f"/v1/tasks/{known}"))
-        await wait_until(lambda: group.bench.upstream.posts["0"], PATIENCE_S)
-
-        async def submitted() -> object:
-            return (await web.client.get(f"/v1/tasks/{known}")).json()["upstream_id"]
-
-        task["upstream_id"] = await wait_until(submitted, PATIENCE_S)
-        orders = [asyncio.create_task(group.order(web, number)) for number in range(1, 20)]
-        answers = []
-        stopping = asyncio.create_task(asyncio.to_thread(restart, own_server, mode))
-
-        async def restarted() -> bool:
-            answers.append(await group.callback(web, task))
-            return stopping.done()
-
-        await wait_until(restarted, PATIENCE_S)
-        await stopping
-
-        async def taken() -> bool:
-            answers.append(await group.callback(web, task))
-            return answers[-1] == "200"
-
-        await wait_until(taken, PATIENCE_S)
-        assert set(answers) <= {"200", "503"}, answers
-        await asyncio.gather(*orders)
-        states = await group.ended(web)
-        assert states.pop(known) == "failed"
-        assert set(states.values()) == {"completed"}
-        for member in group.members:  # and a line for each request that failed
-            said = [
-                line
-                for line in member.lines()
-                if line["level"] != "info" and not {"request_id", "task_id"} & line.keys()
-            ]
-            assert len(said) <= 20, said
         group.alive()
 
 
