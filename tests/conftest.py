@@ -1,13 +1,14 @@
 """Fixtures for every test."""
 
 import gc
+import logging
 import os
 import ssl
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import httpx
 import hypothesis
@@ -15,7 +16,9 @@ import pytest
 from PIL import Image
 
 from service.net.service_client import usual_trust
+from service.ops.logging import configure
 from tests.bytecode import compile_share
+from tests.checked_lines import WRONG, CheckedOutput
 from tests.s3 import s3_running, with_bucket
 from tests.servers import (
     missing,
@@ -59,6 +62,24 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
     bypasses them.
     """
     return "asyncio", {"use_uvloop": False}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _log_lines() -> None:
+    """Services of this process write JSON lines, which are checked on their way."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    configure("json", "info", cast(TextIO, CheckedOutput()))
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _checked_lines() -> Iterator[None]:
+    """A line that the schema does not allow, or with a secret, fails the test that caused it."""
+    yield
+    wrong, WRONG[:] = WRONG[:], []
+    assert not wrong, wrong
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import structlog
 
 from service.ops.logging import QUIET, configure
+from tests.checked_lines import check_line
 
 
 @contextmanager
@@ -26,10 +27,18 @@ def restored() -> Iterator[None]:
             logging.getLogger(name).setLevel(before)
 
 
+class CheckedText(io.StringIO):
+    """Text whose lines are checked as they come."""
+
+    def write(self, text: str) -> int:
+        check_line(text)
+        return super().write(text)
+
+
 @contextmanager
 def logged(level: str = "debug") -> Iterator[io.StringIO]:
     """The log lines of the block as JSON."""
-    stream = io.StringIO()
+    stream = CheckedText()
     with restored():
         configure("json", level, stream)
         yield stream

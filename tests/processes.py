@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
+from tests.checked_lines import check_line, check_text
 from tests.environment import START_S, STOP_S, clean_environment
 from tests.launcher import Forked, shared_launcher
 
@@ -46,6 +47,7 @@ def darkroom(
             code = process.wait(STOP_S)
         finally:
             process.kill()
+        check_text(out.read_text())
         return subprocess.CompletedProcess(
             ["darkroom", *arguments], code, out.read_text(), err.read_text()
         )
@@ -94,6 +96,7 @@ class Running:
         event = None if plain else "service.started"
         for line in self._output:
             self.lines.append(line.rstrip("\n"))
+            check_line(line)
             said = json.loads(line) if line.startswith("{") else {}
             if "address" in said and said.get("event") == event:
                 self.announcement = said

@@ -32,6 +32,7 @@ from tests.docs.bounds import bounds_table
 from tests.docs.client_journeys import clients_table
 from tests.docs.dashboard import dashboard
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
+from tests.docs.log_schema import log_schema
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -141,6 +142,14 @@ def log_lines_table() -> str:
     )
 
 
+def log_schema_text() -> str:
+    """One line for each log line, so that a change of one is a change of one."""
+    schema = log_schema()
+    lines = ",\n".join("    " + json.dumps(each) for each in schema.pop("oneOf"))
+    head = "".join(f"  {json.dumps(name)}: {json.dumps(schema[name])},\n" for name in schema)
+    return f'{{\n{head}  "oneOf": [\n{lines}\n  ]\n}}\n'
+
+
 def checkpoints_table() -> str:
     """Every checkpoint, and what follows when the process dies there."""
     effects = {**CHECKPOINTS, **INPUT_CHECKPOINTS}
@@ -236,5 +245,6 @@ if __name__ == "__main__":
         path.write_text(rendered(path.read_text("utf-8"), page), "utf-8")
     schema = json.dumps(catalogue_schema(), indent=2) + "\n"
     (DOCS / "catalogue.schema.json").write_text(schema, "utf-8")
+    (DOCS / "log.schema.json").write_text(log_schema_text(), "utf-8")
     DASHBOARD.write_text(dashboard(), "utf-8")
     HELP.write_text(first_help(), "utf-8")
