@@ -4,15 +4,15 @@ Deliveries of one key go one after another, by the sequence of their events. A d
 behind the pending ones before it. Every transaction that ends a delivery makes the next one of its
 key due.
 
-Both sides lock the delivery in front and pass over a locked row, so that neither waits for the
-other: a delivery that finds the one in front locked looks again after `LOOK_MS`.
+Both sides lock the first delivery alone and pass over it if it is locked, so that neither waits for
+the other: a delivery that finds the one in front locked looks again after `LOOK_MS`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, or_, select, update
 
 from service.db.paging import Row
 from service.db.tables import deliveries, endpoints
@@ -46,25 +46,34 @@ def is_behind(connection: Connection, row: Row) -> bool:
     return connection.execute(_in_front(row)).first() is not None
 
 
+def _locked(tx: Transaction, first: Select[tuple[str, int | None]]) -> RowMapping | None:
+    """The first delivery of these, locked. None: there is none, or a transaction holds its lock.
+    The one after it is never locked instead: who ends the first one would then pass over the next.
+    """
+    id = tx.connection.execute(first).scalar()
+    mine = select(columns.id, columns.due_at, columns.attempts).where(
+        columns.id == id, columns.state == "pending"
+    )
+    return tx.connection.execute(mine.with_for_update(skip_locked=True)).mappings().first()
+
+
 def wait_behind(tx: Transaction, row: Row) -> int:
     """How long a delivery waits for the one in front of it, if nothing makes it due earlier."""
-    statement = _in_front(row).with_for_update(skip_locked=True)
-    found = tx.connection.execute(statement).first()
+    found = _locked(tx, _in_front(row))
     if found is None:  # it has ended, or another transaction records it now
         return LOOK_MS
-    return max(0, (found.due_at or 0) - tx.now) + LATE_MS
+    return max(0, (found["due_at"] or 0) - tx.now) + LATE_MS
 
 
 def release_next(tx: Transaction, row: Row) -> None:
     """Makes the first pending delivery of the key due, after one of them has ended."""
     if row["order_key"] is None or row["endpoint_id"] is None:
         return
-    following = _pending(row["endpoint_id"], row["order_key"], columns.id != row["id"])
-    found = tx.connection.execute(following.with_for_update(skip_locked=True)).first()
-    if found is None:
+    found = _locked(tx, _pending(row["endpoint_id"], row["order_key"], columns.id != row["id"]))
+    if found is None or found["attempts"] or (found["due_at"] or 0) <= tx.now:
         return
-    free = and_(columns.id == found.id, columns.attempts == 0, columns.due_at > tx.now)
-    tx.connection.execute(update(deliveries).where(free).values(due_at=tx.now))
+    mine = update(deliveries).where(columns.id == found["id"])
+    tx.connection.execute(mine.values(due_at=tx.now))
     tx.due.update(("deliver", "redeliver"))
 
 
