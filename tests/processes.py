@@ -62,6 +62,7 @@ class Running:
         self, *arguments: str, folder: Path, before: Sequence[str] = (), **environment: str
     ) -> None:
         self.lines: list[str] = []
+        self._events: dict[Any, list[dict[str, Any]]] = {}
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
         self.process: Forked | subprocess.Popen[str]
@@ -95,9 +96,10 @@ class Running:
         """
         event = None if plain else "service.started"
         for line in self._output:
+            said = json.loads(line) if line.startswith("{") else {}
+            self._events.setdefault(said.get("event"), []).append(said)
             self.lines.append(line.rstrip("\n"))
             check_line(line)
-            said = json.loads(line) if line.startswith("{") else {}
             if "address" in said and said.get("event") == event:
                 self.announcement = said
                 self._told.set()
@@ -121,8 +123,7 @@ class Running:
         return code
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
-        return [line for line in lines if line.get("event") == event]
+        return list(self._events.get(event, ()))
 
 
 @contextmanager

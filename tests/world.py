@@ -7,8 +7,10 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from ipaddress import ip_network
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -20,6 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from service.app import Role, create_app, running
+from service.db.integrity import begin
+from service.db.sqlite import SqliteStore
 from service.settings import Settings, load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web.context import Context
@@ -167,6 +171,28 @@ class World:
         return f"{self.url}/callbacks/evolink/{task_id}/{token or right}"
 
 
+@cache
+def new_store() -> bytes:
+    """The SQLite file of a new store. To migrate one costs half of what a world costs."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "darkroom.db"
+        begin(path)
+        store = SqliteStore(path, "new", lambda _, __: "", lambda _: None, lambda: 0)
+        store.prepare(migrate=True)
+        store.dispose()
+        return path.read_bytes()
+
+
+def place_store(settings: Settings) -> None:
+    """Puts a new store into a data folder that does not exist yet."""
+    path = settings.sqlite_path
+    if path is None or path.parent.exists() or settings.migrate == "off":
+        return
+    path.parent.mkdir(mode=0o700, parents=True)
+    path.touch(0o600)
+    path.write_bytes(new_store())
+
+
 @asynccontextmanager
 async def world(
     folder: Path,
@@ -214,6 +240,7 @@ async def world(
             None,
             **{name: value for name, value in (usual | settings).items() if value is not None},
         )
+        place_store(made)
         role = role or Role()
         context = await stack.enter_async_context(running(made, role))
         await stack.enter_async_context(

@@ -25,7 +25,7 @@ from tests.world import Received, World, subscriber, world
 
 pytestmark = pytest.mark.slow
 
-SILENT, EVENTS, ROUNDS, MEASURED = 1000, 3, 5, 50
+SILENT, EVENTS, ROUNDS, MEASURED = 1000, 3, 3, 50
 
 
 async def subscribe(here: World, owner: str, url: str, count: int) -> None:
@@ -100,7 +100,7 @@ async def test_a_thousand_silent_endpoints_delay_no_other_owners_delivery(
         for one in timed:
             await one.p99()  # the first requests open connections
         rounds: list[tuple[float, float]] = []
-        while len(rounds) < ROUNDS or (len(rounds) < 3 * ROUNDS and slowdown(rounds) > 2):
+        while len(rounds) < ROUNDS or (len(rounds) < 5 * ROUNDS and slowdown(rounds) > 2):
             without, attacked = [await one.p99() for one in timed]
             rounds.append((without, attacked))
         assert slowdown(rounds) <= 2, rounds
