@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -99,6 +100,7 @@ def served(body: bytes, media_type: str = "image/png") -> Response:
     return Response(body, media_type=media_type)
 
 
+@cache
 def noise(format: str = "PNG", size: tuple[int, int] = (200, 150), **how: Any) -> bytes:
     """A picture of noise, which no format compresses. Always the same bytes."""
     made = io.BytesIO()

@@ -76,6 +76,7 @@ class Launcher:
         stdout: str,
         stderr: str,
         prelude: str = "",
+        stdin: str = os.devnull,
     ) -> int:
         """Starts `darkroom` with these arguments and returns its pid. Its output goes to the named
         files.
@@ -89,6 +90,7 @@ class Launcher:
             "stdout": stdout,
             "stderr": stderr,
             "prelude": prelude,
+            "stdin": stdin,
         }
         pid: int = self.ask(start=request)
         self.started.append(pid)
@@ -242,6 +244,7 @@ def run(
     stdout: str,
     stderr: str,
     prelude: str,
+    stdin: str,
 ) -> NoReturn:
     """Runs the program in the forked process. `stdout` and `stderr` may be named pipes."""
     from service.cli import main
@@ -252,11 +255,12 @@ def run(
     os.environ.clear()
     os.environ.update(environment)
     checkpoints.ARMED.update(checkpoints.shots(os.environ))  # as at the import
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
     out = os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(out, 1)
     same = stdout == stderr
     os.dup2(out if same else os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)  # the inherited objects use other files
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     if "DARKROOM_TEST_LEASE_MS" in environment:

@@ -27,22 +27,26 @@ def forked(
     stderr: Path,
     environment: Mapping[str, str],
     prelude: str = "",
+    stdin: Path = Path(os.devnull),
 ) -> Forked:
     """Starts a command of the program in a process of its own. Its output goes to the
     named files.
     """
     launcher, environment = shared_launcher(coverage=True), clean_environment(environment)
-    pid = launcher.start(arguments, folder, environment, str(stdout), str(stderr), prelude)
+    pid = launcher.start(
+        arguments, folder, environment, str(stdout), str(stderr), prelude, str(stdin)
+    )
     return Forked(launcher, pid)
 
 
 def darkroom(
-    *arguments: str, folder: Path, prelude: str = "", **environment: str
+    *arguments: str, folder: Path, prelude: str = "", stdin: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of the program in `folder` until it ends, after the Python text `prelude`."""
     with TemporaryDirectory() as place:
-        out, err = Path(place) / "out", Path(place) / "err"
-        process = forked(arguments, folder, out, err, environment, prelude)
+        given, out, err = (Path(place) / name for name in ("in", "out", "err"))
+        given.write_bytes(os.fsencode(stdin))
+        process = forked(arguments, folder, out, err, environment, prelude, given)
         try:
             code = process.wait(STOP_S)
         finally:

@@ -5,7 +5,7 @@ contains no mocks.
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from ipaddress import ip_network
@@ -28,10 +28,10 @@ from service.settings import Settings, load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web.context import Context
 from service.web.server import Server, bind, listening
-from tests.waiting import wait_until
 
 LOOPBACK = "127.0.0.0/8"
 ADMIN_KEY = "test-admin-key-0123456789"
+LOOK_S = 0.1
 TEXT_TO_IMAGE = "wan2.5-text-to-image"
 JSON = dict[str, Any]
 
@@ -136,16 +136,17 @@ class World:
         return task
 
     async def ended(self, task_id: str, timeout: float = 20) -> JSON:
-        """The task as soon as it is terminal."""
-
-        async def look() -> JSON | None:
-            task = await self.task(task_id)
-            return (
-                task if task["state"] in ("completed", "failed", "cancelled", "expired") else None
-            )
-
-        task: JSON = await wait_until(look, timeout)
-        return task
+        """The task as soon as it is terminal. Each commit that concerns it is a reason to look."""
+        with self.context.resources.store.signals.listen(task_id) as changed:
+            async with asyncio.timeout(timeout):
+                while True:
+                    changed.clear()
+                    task = await self.task(task_id)
+                    if task["state"] in ("completed", "failed", "cancelled", "expired"):
+                        return task
+                    with suppress(TimeoutError):  # another process makes no signal here
+                        async with asyncio.timeout(LOOK_S):
+                            await changed.wait()
 
     async def events(self, **query: Any) -> list[JSON]:
         answer = await self.client.get("/v1/events", params={"limit": 1000, **query})

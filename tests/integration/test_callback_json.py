@@ -5,6 +5,7 @@ token always gets an answer.
 import asyncio
 import gzip
 import json
+import os
 from typing import Any
 
 import pytest
@@ -138,14 +139,20 @@ NESTED = {
 }
 
 
+EACH = 1 if "DARKROOM_TEST_ALL" in os.environ else 3
+STATES = ("processing", "failed", "completed")
+
+
 def bodies(task: JSON, field: str, status: str) -> list[bytes]:
-    """Bodies with each value in the field, and with an object of every value in it."""
+    """Bodies with each value in the field, and with an object of every value in it. The three
+    states of a task share the bodies, unless DARKROOM_TEST_ALL is set.
+    """
     start = f'{{"id": "{task["upstream_id"]}", "status": "{status}", "{field}": '
     inner = [f'{{"{name}": {value}}}' for name in NESTED.get(field, ("url",)) for value in VALUES]
     return [
         f"{start}{value}}}".encode()
         for value in (*VALUES, *inner, *(f"[{value}]" for value in inner))
-    ]
+    ][STATES.index(status) % EACH :: EACH]
 
 
 @pytest.mark.parametrize("field", FIELDS)

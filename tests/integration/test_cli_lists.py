@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ import pytest
 
 from service.cli.list_rows import age
 from service.cli.output import flat
-from tests.environment import clean_environment
-from tests.processes import Running, started
+from tests.processes import Running, darkroom, started
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +26,8 @@ def client(dev: Running) -> Mapping[str, str]:
 
 
 def said(client: Mapping[str, str], *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "service", *arguments],
-        env=clean_environment(client),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent,
-    )
+    done = darkroom(*arguments, folder=Path(__file__).parent, **client)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 

@@ -3,7 +3,6 @@
 import json
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.certificates import self_signed
-from tests.environment import clean_environment
 from tests.inputs import photo
-from tests.processes import Running, started
+from tests.processes import Running, darkroom, started
 
 KEYS = ("keys", "create", "--owner", "me", "--scopes", "submit")
 Done = subprocess.CompletedProcess[str]
@@ -39,15 +37,7 @@ def key(dev: Running) -> str:
 def run(folder: Path, *arguments: str, **settings: str) -> Done:
     named = {f"DARKROOM_{name}": value for name, value in settings.items() if name.isupper()}
     tls = {"SSL_CERT_FILE": settings["trusted"]} if "trusted" in settings else {}
-    return subprocess.run(
-        [sys.executable, "-m", "service", *arguments],
-        env=clean_environment(named | tls),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return darkroom(*arguments, folder=folder, **named, **tls)
 
 
 def said(done: Done) -> str:

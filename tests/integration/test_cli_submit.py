@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from service.cli.submit_options import put_all
-from tests.environment import clean_environment
-from tests.processes import Running, started
+from tests.environment import ROOT, clean_environment
+from tests.processes import Running, darkroom, started
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,9 @@ def client(dev: Running) -> Mapping[str, str]:
 def run(
     *arguments: str, stdin: bytes = b"", settings: Mapping[str, str] | None = None
 ) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [sys.executable, "-m", "service", *arguments],
-        env=clean_environment(settings or {}),
-        input=stdin,
-        capture_output=True,
-        check=False,
-        timeout=60,
+    done = darkroom(*arguments, folder=ROOT, stdin=os.fsdecode(stdin), **(settings or {}))
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.encode(), done.stderr.encode()
     )
 
 

@@ -1,7 +1,6 @@
 """The levers of operators over HTTP and on the command line (docs/operations.md)."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import ip_network
@@ -20,7 +19,8 @@ from service.upstreams.sandbox import SandboxOptions
 from service.web.sessions import COOKIE
 from tests.api import TIME, an_id, got, refused, submitted
 from tests.browser.people import cookie
-from tests.environment import clean_environment
+from tests.environment import ROOT
+from tests.processes import darkroom
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, LOOPBACK, World, subscriber, world
 
@@ -294,37 +294,31 @@ async def test_a_bad_filter_names_its_field(here: World, body: Any, param: str) 
 # --- the command line
 
 
-async def darkroom(here: World, *arguments: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "service", *arguments),
-        env=clean_environment({"DARKROOM_URL": here.url, "DARKROOM_API_KEY": ADMIN_KEY}),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
+async def said(here: World, *arguments: str) -> tuple[int, str, str]:
+    client = {"DARKROOM_URL": here.url, "DARKROOM_API_KEY": ADMIN_KEY}
+    done = await asyncio.to_thread(darkroom, *arguments, folder=ROOT, **client)
+    return done.returncode, done.stdout, done.stderr
 
 
 async def test_the_command_line_pauses_resumes_and_acts_in_bulk(here: World) -> None:
     """`submit --wait` says why the task waits."""
-    assert (await darkroom(here, "pause"))[0] == 2
-    code, out, _ = await darkroom(here, "pause", WHY)
+    assert (await said(here, "pause"))[0] == 2
+    code, out, _ = await said(here, "pause", WHY)
     assert (code, "true" in out.lower(), WHY in out) == (0, True, True)
-    waiting = asyncio.create_task(darkroom(here, "submit", "a pier", "--wait"))
+    waiting = asyncio.create_task(said(here, "submit", "a pier", "--wait"))
 
     async def held() -> bool:
         return bool(got(await here.client.get("/v1/submission"))["waiting"])
 
     await wait_until(held)
-    counted = await darkroom(here, "bulk", "reconcile", "--state", "completed", "--json")
+    counted = await said(here, "bulk", "reconcile", "--state", "completed", "--json")
     assert (counted[0], '"done":null' in counted[1].replace(" ", "")) == (0, True)
-    assert (await darkroom(here, "resume", "--reason", "cheap again"))[0] == 0
+    assert (await said(here, "resume", "--reason", "cheap again"))[0] == 0
     code, _, err = await waiting
     assert (code, HELD in err) == (0, True), err
-    acted = await darkroom(here, "bulk", "reconcile", "--owner", "admin", "--yes", "--json")
+    acted = await said(here, "bulk", "reconcile", "--owner", "admin", "--yes", "--json")
     assert '"done":null' not in acted[1].replace(" ", "")
-    code, out, _ = await darkroom(here, "audit", "--action", "submission.resume")
+    code, out, _ = await said(here, "audit", "--action", "submission.resume")
     assert "cheap again" in out
 
 

@@ -210,7 +210,7 @@ async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(
     """Confirmations, reconciling, submissions and passed-through calls together never exceed
     `EVOLINK_CONCURRENCY`, and all tasks settle.
     """
-    upstream = await flood(tmp_path, callbacks=200, silent=100, concurrency=5)
+    upstream = await flood(tmp_path, callbacks=100, silent=50, concurrency=5)
     assert upstream.most == 5
     assert (upstream.calls["generations"], upstream.calls["credits"]) == (20, 20)
     assert {
@@ -284,7 +284,7 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
     limit rises to its former value, and every task settles.
     """
     upstream = Slow(busy=True)
-    called = await submitted(tmp_path, 300)
+    called = await submitted(tmp_path, 150)
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=8) as here:
         limiter = here.context.resources.limiter
         await call_back(here, called)

@@ -168,7 +168,7 @@ async def test_want_of_memory_is_no_fault_of_the_bytes(
         return made
 
     monkeypatch.setattr(subprocess, "Popen", small)
-    file.write_bytes(drawn("PNG", size=(8000, 8000)))
+    file.write_bytes(picture("PNG", (8000, 8000)))
     async with open_validator(1, 1 << 30, 1 << 30) as pool:
         found = await pool.validate(file, compressed=False)
     assert (found.sha256, found.result) == ("", InvalidImage("its decoder broke down"))
