@@ -28,6 +28,7 @@ from service.settings import Settings, load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web.context import Context
 from service.web.server import Server, bind, listening
+from tests.waiting import wait_until
 
 LOOPBACK = "127.0.0.0/8"
 ADMIN_KEY = "test-admin-key-0123456789"
