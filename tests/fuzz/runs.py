@@ -14,22 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.web.routes.table import SPECS
 from tests.environment import ROOT, clean_environment
 from tests.inputs import photo
 from tests.world import ADMIN_KEY, World, answering, world
 
 ROLES = ("user", "admin")
 CASES = re.compile(r"(\d[\d,]*) generated")
-
-
-def share(role: str) -> tuple[str, str]:
-    """The option that gives each path to one role: to the admin if one of its methods needs one."""
-    admins = {spec.path for spec in SPECS if spec.scopes == ("admin",)}
-    if role == "admin":
-        admins.add("/v1/images/generations")  # which makes the tasks
-    pattern = f"^({'|'.join(map(re.escape, sorted(admins)))})$"
-    return f"--{'include' if role == 'admin' else 'exclude'}-path-regex", pattern
 
 
 @dataclass(frozen=True, slots=True)
