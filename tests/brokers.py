@@ -172,6 +172,7 @@ class Taken:
     type: str
     body: bytes
     content_type: str
+    traceparent: str | None = None
 
 
 def reader(kind: str, port: int, target: str) -> Callable[[], Awaitable[list[Taken]]]:
@@ -211,6 +212,7 @@ async def nats_taken(port: int, target: str) -> list[Taken]:
             (message.subject or "").removeprefix(f"{target}."),
             message.data or b"",
             had["content-type"],
+            had.get("traceparent"),
         )
         for message, had in known
     ]
@@ -235,7 +237,11 @@ async def redis_taken(port: int, target: str) -> list[Taken]:
         entries: Any = await client.xrange(target)
     return [
         Taken(
-            had[b"id"].decode(), had[b"type"].decode(), had[b"event"], had[b"content-type"].decode()
+            had[b"id"].decode(),
+            had[b"type"].decode(),
+            had[b"event"],
+            had[b"content-type"].decode(),
+            had[b"traceparent"].decode() if b"traceparent" in had else None,
         )
         for _, had in entries
     ]
@@ -257,6 +263,7 @@ async def amqp_taken(port: int, target: str) -> list[Taken]:
                     message.type or "",
                     message.body,
                     message.content_type or "",
+                    str(message.headers["traceparent"]) if message.headers else None,
                 )
             )
     return found
@@ -294,6 +301,12 @@ def _kafka_taken(port: int, target: str) -> list[Taken]:
         for record, had in zip(found, headers, strict=True)
     ]
     return [
-        Taken(had["ce_id"], had["ce_type"], bytes(record.value() or b""), had["content-type"])
+        Taken(
+            had["ce_id"],
+            had["ce_type"],
+            bytes(record.value() or b""),
+            had["content-type"],
+            had.get("traceparent"),
+        )
         for record, had in known
     ]

@@ -126,3 +126,26 @@ def test_a_build_depends_on_neither_place_nor_time(kind: str, tmp_path: Path) ->
         (built,) = (tree / "dist").iterdir()
         made.append((built.name, built.read_bytes()))
     assert made[0] == made[1]
+
+
+@pytest.mark.skipif(not shutil.which("uvx"), reason="uvx is not installed")
+def test_uvx_runs_the_wheel_by_its_own_name(image: Path, tmp_path: Path) -> None:
+    """The distribution has a script of its name beside `darkroom`, and needs no set-up before it
+    answers. `pipx run --spec WHEEL darkroom-service` is the same.
+    """
+    (wheel,) = (image / "wheel").glob("*.whl")
+    environment = bare(os.environ["PATH"])
+    command = f"uvx --quiet --python {sys.executable} --from {wheel} darkroom-service"
+    tried = subprocess.run(
+        [*command.split(), "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if re.search("error sending request|Failed to fetch|dns error", tried.stderr):
+        pytest.skip("uv reaches no package index")
+    assert run(f"{command} --version", tmp_path, environment).split() == ["darkroom", VERSION]
+    document = json.loads(run(f"{command} openapi --json", tmp_path, environment))
+    assert document["info"]["version"] == VERSION

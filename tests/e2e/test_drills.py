@@ -4,12 +4,13 @@ the alert fire, follows docs/runbook.md and sees the alert clear.
 Windows, delays and thresholds of the rules are shorter than in production.
 """
 
+import asyncio
 import json
 import re
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ import yaml  # type: ignore[import-untyped]
 
 from service.db.queues import QUEUES
 from service.ops.metrics import STAGES, Metrics
+from service.setting_types import keys_of
+from service.signing import Keyring
+from service.web.overload import SHED_AT
 from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
 from tests.disks import small_disk
@@ -117,6 +121,7 @@ class Scene:
     port: int
     prometheus: str = ""
     running: list[Running] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)  # beside the settings
 
     @property
     def url(self) -> str:
@@ -131,6 +136,7 @@ class Scene:
         if self.broker:
             settings["SINKS"] = address("nats", self.broker.port, "drill")
         environment = service_settings(self.upstream, self.folder, **settings | more)
+        environment |= self.environment
         self.running.append(Running("serve", folder=self.folder, **environment))
         assert self.running[-1].address
 
@@ -146,8 +152,10 @@ class Scene:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
-    def submit(self, key: str = ADMIN_KEY, **fields: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}", "prefer": "respond-async"}
+    def submit(
+        self, key: str = ADMIN_KEY, headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}", "prefer": "respond-async", **(headers or {})}
         return httpx.post(
             self.url + SUBMIT, json=order(**fields), headers=headers, timeout=30, trust_env=False
         )
@@ -348,9 +356,19 @@ async def test_a_budget_that_is_used_up(scene: Scene) -> None:
 
 
 async def test_few_credits(scene: Scene) -> None:
+    """Another account of the upstream has credits again."""
     scene.submit()
     await wait_until(lambda: scene.run("credits"))
     await scene.firing("DarkroomCreditsLow")
+    with sandbox("--delay", "0", folder=scene.folder) as other:
+        scene.stop()
+        scene.start(EVOLINK_BASE_URL=other.address)
+        assert "10000" in scene.run("credits")
+        figures = "min(darkroom_upstream_credits) >= 9999"
+        await wait_until(lambda: (scene.asked("query", query=figures) or {}).get("result"), 90)
+        await scene.clear("DarkroomCreditsLow")
+        scene.stop()
+    scene.start()
 
 
 async def test_a_disk_that_fills(scene: Scene) -> None:
@@ -395,6 +413,34 @@ async def test_a_store_that_does_not_commit(scene: Scene) -> None:
         await scene.firing("DarkroomStoreFailing")
         db.rollback()
     await scene.clear("DarkroomStoreFailing")
+
+
+async def test_clients_that_are_shed(scene: Scene) -> None:
+    """Callbacks wait for a store that is locked, and clients get 503 at once. The log says so."""
+    ring = Keyring(keys_of((scene.folder / "data" / "secret.key").read_text().strip()))
+    task = "task_" + "a" * 26
+    path = f"/callbacks/evolink/{task}/{ring.callback_token('evolink', task)}"
+    limits = httpx.Limits(max_connections=SHED_AT + 50)
+    async with httpx.AsyncClient(
+        base_url=scene.url, trust_env=False, limits=limits, timeout=60
+    ) as upstream:
+        with closing(sqlite3.connect(scene.folder / "data" / "darkroom.db", timeout=30)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            body = {"id": "task-unified-1", "status": "completed"}
+            burst = [
+                asyncio.create_task(upstream.post(path, json=body)) for _ in range(SHED_AT + 20)
+            ]
+
+            async def shed() -> bool:
+                key = {"authorization": f"Bearer {ADMIN_KEY}"}
+                return (await upstream.get("/v1/tasks", headers=key)).status_code == 503
+
+            await wait_until(shed)
+            db.rollback()
+        await asyncio.gather(*burst)
+    assert scene.running[-1].logged("http.shed")
+    await scene.firing("DarkroomShedding")
+    await scene.clear("DarkroomShedding")
 
 
 async def test_no_worker_and_late_deliveries(postgres_url: str, tmp_path: Path) -> None:

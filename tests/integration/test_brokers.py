@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.app import Role
 from service.backends import open_sinks
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError
 from service.events.outbox import emit_operators
+from service.ops.tracing import recording
 from service.settings import load_settings
 from service.tasks import document
 from tests.api import UNTIL_DONE, submitted
@@ -32,6 +36,7 @@ from tests.brokers import (
     reader,
 )
 from tests.integration.test_health import figures, ready
+from tests.integration.test_traces import PARENT, TRACE
 from tests.logs import logged
 from tests.servers import free_port
 from tests.waiting import wait_until
@@ -74,6 +79,12 @@ def brokers() -> Iterator[Brokers]:
 def target(request: pytest.FixtureRequest) -> str:
     """The name of a stream, queue or topic that only this test uses."""
     return f"t{abs(hash(request.node.nodeid)):x}"
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
 
 
 def emit_some(tx: Transaction, items: Sequence[int]) -> list[None]:
@@ -133,16 +144,21 @@ def places(connection: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_every_event_arrives_as_webhooks_send_it_under_its_id(
-    kind: str, brokers: Brokers, target: str, tmp_path: Path
+    kind: str, brokers: Brokers, target: str, tmp_path: Path, stack: ExitStack
 ) -> None:
     """Each event arrives once and in sequence (Kafka: in a task's sequence), with its type and
-    content type. The body is the CloudEvent, byte for byte as in the event stream.
+    content type. The body is the CloudEvent, byte for byte as in the event stream. The message
+    carries the span of its publishing, which is in the trace of its task.
     """
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
     port = await brokers.port(kind)
     taken = reader(kind, port, target)
     async with world(tmp_path, sinks=address(kind, port, target)) as here:
         await holding(here)
-        tasks = [await submitted(here.client, UNTIL_DONE) for _ in range(3)]
+        stack.enter_context(recording(provider))
+        with_trace = UNTIL_DONE | {"traceparent": PARENT}
+        tasks = [await submitted(here.client, with_trace) for _ in range(3)]
         await emit(here, range(5))
         events = await here.events()
         got = await caught_up(taken, [event["id"] for event in events])
@@ -163,6 +179,18 @@ async def test_every_event_arrives_as_webhooks_send_it_under_its_id(
         )
         assert message.type == documents[message.id]["type"]
         assert message.body.startswith(b'{"specversion":"1.0","id":"evt_')
+    spans = {
+        str((span.attributes or {})["messaging.message.id"]): span
+        for span in exporter.get_finished_spans()
+        if span.name.startswith("send ")
+    }
+    for message in got:
+        span = spans[message.id]
+        assert span.context
+        trace, place = f"{span.context.trace_id:032x}", f"{span.context.span_id:016x}"
+        assert (message.traceparent or "").startswith(f"00-{trace}-{place}-")
+        assert span.kind.name == "PRODUCER"
+        assert (trace == TRACE) is (documents[message.id]["subject"] in {t["id"] for t in tasks})
 
 
 @pytest.mark.parametrize("kind", REAL)
