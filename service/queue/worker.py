@@ -257,7 +257,8 @@ class WorkerPool:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
-            await self._write_all(renew, self._jobs)
+            # In the order in which other transactions lock rows, so that none wait for each other.
+            await self._write_all(renew, sorted(self._jobs, key=lambda lease: lease.key))
 
     async def _write_all(
         self, operation: Callable[[Transaction, Sequence[Lease]], list[bool]], of: Iterable[Lease]
