@@ -150,6 +150,7 @@ class Slow:
         self.times: list[float] = []
 
     async def take(self, request: Request) -> Response:
+        await request.body()
         self.now += 1
         self.most = max(self.most, self.now)
         self.times.append(time.monotonic())
