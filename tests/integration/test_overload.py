@@ -31,7 +31,7 @@ from tests.world import answering
 
 # A manual run sets 20000, the most that the processor can do. The suite uses a smaller number.
 FULL = "DARKROOM_TEST_CALLBACKS" in os.environ
-CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "1000"))
+CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))
 # connections, within the process's limit of descriptors
 ALL = min(CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)
 UPSTREAMS_PATIENCE_S = 10.0
