@@ -51,12 +51,16 @@ async def told(folder: Path) -> AsyncIterator[Told]:
         ) as here,
         subscriber() as shop,
     ):
+        shaky = iter([503])  # one failure, and then it recovers
         shop.answer = lambda _n, request: Response(
-            status_code={"/broken": 500, "/gone": 410}.get(request.path, 204)
+            status_code=next(shaky, 204)
+            if request.path == "/shaky"
+            else {"/broken": 500, "/gone": 410}.get(request.path, 204)
         )
         endpoint = await subscribed(here, f"{shop.url}/all", "*")
         await subscribed(here, f"{shop.url}/broken", "image.task.completed")
         await subscribed(here, f"{shop.url}/gone", "image.task.cancelled")
+        await subscribed(here, f"{shop.url}/shaky", "image.task.failed")
         resting = await subscribed(here, f"{shop.url}/resting", "endpoint.disabled")
         got(await here.client.patch(f"/v1/endpoints/{resting}", json={"status": "paused"}))
         await live(here, upstream, shop.url)
