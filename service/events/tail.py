@@ -114,14 +114,14 @@ class Tail:
             self.streams -= 1
 
     async def follow(
-        self, after: int | None, wanted: StreamFilter, quiet_s: float
+        self, after: int, wanted: StreamFilter, quiet_s: float
     ) -> AsyncIterator[Sequence[Entry] | Gone]:
-        """Events after a place, in sequence, or from now on. An empty sequence when there was no
-        event for `quiet_s` seconds.
+        """Events after a place, in sequence. An empty sequence when there was no event for
+        `quiet_s` seconds.
 
         Only within `open`. Ends when the process stops. Raises StoreUnavailable.
         """
-        place = await self._store.read(outbox_end) if after is None else after
+        place = after
         reported = 0  # the last deleted place that the reader knows of
         signals, clock = self._store.signals, asyncio.get_running_loop().time
         quiet_at = clock() + quiet_s

@@ -26,7 +26,7 @@ HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 def stream(
     request: Request,
     tail: Tail,
-    after: int | None,
+    after: int,
     wanted: StreamFilter,
     check_key: Callable[[], Awaitable[object]],
 ) -> Response:
@@ -42,7 +42,7 @@ def stream(
 
 
 async def frames(
-    tail: Tail, after: int | None, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
+    tail: Tail, after: int, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str | bytes]:
     clock = asyncio.get_running_loop().time
     # Only events end with a blank line. Many readers dispatch an empty event at any other.

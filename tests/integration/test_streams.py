@@ -109,6 +109,23 @@ async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
         assert [message.event for message in found] == BOTH
 
 
+async def test_a_stream_contains_all_events_after_its_headers(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may submit a task as soon as it has the headers, before the body begins."""
+    frames = event_stream.frames
+
+    async def frames_after_an_event(*given: Any) -> AsyncIterator[str | bytes]:
+        await emitted(here.context.resources.store)
+        async for part in frames(*given):
+            yield part
+
+    monkeypatch.setattr(event_stream, "frames", frames_after_an_event)
+    async with following(here.client) as stream:
+        (found,) = await next_of(stream, 1)
+    assert found.event == "image.task.failed"
+
+
 async def test_a_stream_goes_on_where_a_reader_was(here: World) -> None:
     """A stream starts after `after`, or after `Last-Event-ID`, which a browser sends when it
     reconnects to the same address.

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from service.db.list_indexes import COMMON
 from service.errors import invalid_request
 from service.events.documents import type_matches
-from service.events.feed import read_events
+from service.events.feed import outbox_end, read_events
 from service.events.tail import StreamFilter
 from service.ids import sequence_text
 from service.web.auth import caller_of
@@ -65,6 +65,7 @@ async def events(request: Request) -> Response:
     owner = caller.sees
     after, types = sequence(query_text(request, "after"), "after"), event_types(request)
     task_id = query_text(request, "task")
+    store, links = context.resources.store, context.resources.links
 
     async def check_key() -> None:
         await context.access.caller(request, *request.state.scopes)
@@ -75,9 +76,11 @@ async def events(request: Request) -> Response:
         if last_id == "":  # as a reader sends it that has seen no event with an id
             log.info("events.position_empty", after=query_text(request, "after"))
         last = sequence(last_id or None, "Last-Event-ID")
+        place = after if last is None else last
+        if place is None:  # a client that has the headers misses no event of later
+            place = await store.read(outbox_end)
         wanted = StreamFilter(owner, types, task_id)
-        return stream(request, context.tail, after if last is None else last, wanted, check_key)
-    store, links = context.resources.store, context.resources.links
+        return stream(request, context.tail, place, wanted, check_key)
     stopping, wait_s = store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit, gone = query_limit(request), request.is_disconnected
     with ExitStack() as waiting:
