@@ -93,10 +93,12 @@ class Life:
         self.case, self.bench, self.environment, self._stack = case, bench, environment, stack
         self.told: list[str] = []  # the ids that the service answered to the client
         self.deaths: list[Death] = []
-        silent = case.doubted or case.late
-        self.body = order(
-            prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if silent else {})
-        )
+        sandbox: JSON = {}
+        if case.doubted or case.late:
+            sandbox = {"drop_callback": True}
+        elif case.paused and case.points[0].startswith("inbox."):
+            sandbox = {"delay": 3}  # the process has recorded the submission before it pauses
+        self.body = order(prompt=str(case), n=PICTURES, **({"sandbox": sandbox} if sandbox else {}))
 
     @property
     def folder(self) -> Path:
