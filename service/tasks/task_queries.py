@@ -80,7 +80,7 @@ def task_list(
         # The rarest pair leads: its index has the order of the list.
         pairs = list(metadata.items())
         if len(pairs) > 1:
-            pairs.sort(key=lambda pair: _count_pair(connection, pair))
+            pairs.sort(key=lambda pair: _count_pair(connection, pair, wanted.owner))
         first, *others = pairs
         table, key = task_metadata, "task_id"
         statement = statement.where(task_metadata.c.task_id == tasks.c.id, *_is_pair(table, first))
@@ -114,9 +114,10 @@ def _is_pair(table: FromClause, pair: tuple[str, str]) -> tuple[ColumnElement[bo
     return table.c.key == pair[0], table.c.value == pair[1]
 
 
-def _count_pair(connection: Connection, pair: tuple[str, str]) -> int:
-    """How many tasks have this pair of metadata, up to a limit."""
-    some = select(task_metadata.c.task_id).where(*_is_pair(task_metadata, pair)).limit(COUNTED)
+def _count_pair(connection: Connection, pair: tuple[str, str], owner: str | None) -> int:
+    """How many of the owner's tasks, or of all, have this pair of metadata, up to a limit."""
+    some = matching(select(task_metadata.c.task_id), task_metadata, owner=owner)
+    some = some.where(*_is_pair(task_metadata, pair)).limit(COUNTED)
     count: int = connection.scalar(select(func.count()).select_from(some.subquery())) or 0
     return count
 

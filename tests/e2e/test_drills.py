@@ -395,12 +395,12 @@ async def test_a_worker_that_meets_an_exception(scene: Scene) -> None:
     scene.run("pause", "a drill")
     task = scene.submit(sandbox={"fail": "service_error"}).json()["id"]
     with closing(sqlite3.connect(scene.folder / "data" / "darkroom.db", timeout=30)) as db:
-        db.execute("UPDATE tasks SET metadata = '{' WHERE id = ?", (task,))
+        db.execute("UPDATE tasks SET inputs = '{' WHERE id = ?", (task,))
         db.commit()
         scene.run("resume")
         await scene.firing("DarkroomWorkerFaults")
         assert task in str(scene.running[-1].logged("worker.failed"))
-        db.execute("UPDATE tasks SET metadata = '{}' WHERE id = ?", (task,))
+        db.execute("UPDATE tasks SET inputs = NULL WHERE id = ?", (task,))
         db.commit()
     await scene.clear("DarkroomWorkerFaults")
     await wait_until(lambda: "failed" in scene.run("task", task))

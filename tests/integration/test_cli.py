@@ -47,6 +47,7 @@ COMMANDS = [
         ["backup"],
         ["restore"],
         ["migrate"],
+        ["listen"],
         ["completion"],
         ["cancel"],
         ["erase"],

@@ -157,8 +157,9 @@ def test_a_shell_gets_its_completion(shell: str) -> None:
 
 
 def test_the_words_of_the_line_are_completed() -> None:
-    environment = {"COMP_WORDS": "darkroom end", "COMP_CWORD": "1"}
-    done = run(settings={"_DARKROOM_COMPLETE": "complete_bash", **environment})
+    asked = {"_DARKROOM_COMPLETE": "complete_bash", "COMP_WORDS": "darkroom end", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "service"]
+    done = subprocess.run(command, env=clean_environment(asked), capture_output=True, check=True)
     assert done.stdout.split() == [b"endpoints"]
 
 

@@ -148,7 +148,7 @@ async def parameters(
         "cursor": tuple((cursor, elsewhere(cursor)) for cursor in cursors),
         "metadata.KEY": (("ann", "nobody"),),
         "model": (("wan2.5-image-to-image", "nobodys"),),
-        "/v1/tasks?state": (("submitted", "expired"),),
+        "/v1/tasks?state": (("submitted", "uncertain"),),
         "/v1/deliveries?state": (("dead", "pending"),),
         "type": (("callback.conflict", "task.parked"),),
         "error": (("content_policy_violation", "nothing"),),

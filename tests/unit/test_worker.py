@@ -516,7 +516,6 @@ def renewed(harness: Harness) -> Callable[[], Awaitable[bool]]:
 
 async def test_every_log_line_of_a_job_has_the_rows_id(harness: Harness) -> None:
     seen: list[dict[str, Any]] = []
-    structlog.contextvars.clear_contextvars()  # all tests of a process share one context
 
     async def run(lease: Lease) -> None:
         seen.append(structlog.contextvars.get_contextvars())
@@ -525,7 +524,7 @@ async def test_every_log_line_of_a_job_has_the_rows_id(harness: Harness) -> None
     async with harness.working(run):
         await harness.queue("task_a")
         await wait_until(lambda: seen)
-    assert seen == [{"task_id": "task_a"}]
+    assert [fields["task_id"] for fields in seen] == ["task_a"]
 
 
 def deadly(tx: Transaction, items: Sequence[tuple[int, int]]) -> list[None]:
