@@ -42,20 +42,25 @@ class Keyring:
             )
         self._token_keys = [_derive(key, "callback token") for key in keys]
         boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
-        seeds = [_derive(key, "webhook signature") for key in keys]
-        self._signers = [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
+        self._signer_keys = [_derive(key, "webhook signature") for key in keys]
         self._first, self._box = boxes[0], MultiFernet(boxes)
         browser = [base64.urlsafe_b64encode(_derive(key, "console session")) for key in keys]
         self._browser = MultiFernet([Fernet(key) for key in browser])
 
-    def sign_openly(self, id: str, timestamp: int, body: bytes) -> str:
-        """The signature `v1a,…` of a webhook. A receiver checks it with a public key."""
-        signature = self._signers[0].sign(_signed_content(id, timestamp, body))
+    def sign_openly(self, endpoint_id: str, id: str, timestamp: int, body: bytes) -> str:
+        """The signature `v1a,…` of a webhook. Its receiver checks it with a public key of the
+        endpoint. No other endpoint has that key, so no receiver can pass the webhook on to another.
+        """
+        signature = self._signers(endpoint_id)[0].sign(_signed_content(id, timestamp, body))
         return "v1a," + base64.b64encode(signature).decode("ascii")
 
-    def public_keys(self) -> list[bytes]:
+    def public_keys(self, endpoint_id: str) -> list[bytes]:
         """The public keys of `sign_openly`. The first one signs. The others did, or will."""
-        return [signer.public_key().public_bytes_raw() for signer in self._signers]
+        return [each.public_key().public_bytes_raw() for each in self._signers(endpoint_id)]
+
+    def _signers(self, endpoint_id: str) -> list[Ed25519PrivateKey]:
+        seeds = (hmac.digest(key, _bytes(endpoint_id), "sha256") for key in self._signer_keys)
+        return [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
 
     def callback_token(self, upstream: str, task_id: str) -> str:
         """The last part of a callback URL, 32 lower-case base32 characters. It proves that the

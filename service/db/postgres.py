@@ -54,7 +54,8 @@ END_STALLED = """SELECT pid FROM (
 MIGRATION_UNLIMITED = ("lock_timeout", "statement_timeout")
 # Milliseconds that a migration waits for a table, seconds between its tries, and their number.
 TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150
-LOCKED, NOT_YET = "55P03", "57P03"  # another session has the table; the server is starting up
+# Another session has the table, or waits for one of ours. The server is starting up.
+LOCKED, DEADLOCK, NOT_YET = "55P03", "40P01", "57P03"
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": no other program in this database takes it
 # An acknowledged commit outlives the server, whatever default the role, the database or the server
 # has. Every session sets it, because a default may change while the session lasts.
@@ -198,7 +199,7 @@ class PostgresStore(BatchingStore):
                     await connection.run_sync(self._migrate, allowed=migrate)
                     return
             except DBAPIError as error:
-                passing = getattr(error.orig, "sqlstate", None) in (LOCKED, NOT_YET)
+                passing = getattr(error.orig, "sqlstate", None) in (LOCKED, DEADLOCK, NOT_YET)
                 if not passing or turn == TURNS - 1:
                     raise
                 if turn == 0:

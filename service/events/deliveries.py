@@ -85,7 +85,7 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     made = [(rows[item.lease.key], item.attempt) for item in items if item.lease.key in rows]
     _insert_attempts(tx, [(row, each) for row, each in made if each and each.id not in known])
     # A success changes no endpoint that did not fail before, nor in this batch.
-    failed = {item.lease.key for item in items if item.result != "delivered"}
+    failed = {each.lease.key for each in items if each.attempt and each.result != "delivered"}
     uncalm = {row["endpoint_id"] for row in found if row["failing_since"] or row["id"] in failed}
     calm = {row["endpoint_id"] for row in found} - uncalm
     results = []
@@ -152,6 +152,8 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
         values["attempts"] = row["attempts"] - 1  # no request was made, or one beside the schedule
     else:
         values["planned_at"] = None
+    if item.attempt is not None:
+        values["slot_at"] = None  # a retry takes a time of its own
     values |= failures.after(tx, row, result, *seen(item.attempt))
     tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
     if finished:

@@ -20,6 +20,7 @@ from service.db.transaction import Transaction
 from service.strict_json import JSON
 
 LOOK_MS, LATE_MS = 500, 60_000
+LOCKED_MS, AHEAD_MS = 20, 5000
 columns = deliveries.c
 
 
@@ -77,9 +78,9 @@ def release_next(tx: Transaction, row: Row) -> None:
     tx.due.update(("deliver", "redeliver"))
 
 
-def release_waiting(tx: Transaction, endpoint_id: str) -> None:
+def release_waiting(tx: Transaction, endpoint_ids: Sequence[str]) -> None:
     """Makes the deliveries due that wait behind others, after many of them have ended."""
-    waiting = and_(columns.endpoint_id == endpoint_id, columns.order_key.is_not(None))
+    waiting = and_(columns.endpoint_id.in_(endpoint_ids), columns.order_key.is_not(None))
     waiting = and_(waiting, columns.state == "pending", columns.attempts == 0)
     values = {columns.due_at: tx.now}
     tx.connection.execute(update(deliveries).where(waiting, columns.due_at > tx.now).values(values))
@@ -93,6 +94,7 @@ class RateRequest:
     delivery_id: str
     endpoint_id: str
     slot_at: int | None  # what an earlier request got
+    later: bool = False  # a retry or a replay
 
 
 def take_times(tx: Transaction, items: Sequence[RateRequest]) -> list[int]:
@@ -100,21 +102,27 @@ def take_times(tx: Transaction, items: Sequence[RateRequest]) -> list[int]:
 
     The endpoint's row has the next free time, so that all processes together keep the rate. A
     delivery keeps the time that it got. A time that has passed by more than a second is void, or
-    the deliveries of an outage would come all at once.
+    the deliveries of an outage would come all at once. Retries and replays take no time that is
+    more than `AHEAD_MS` away, so that first attempts do not wait behind all of them.
     """
     return [_take(tx, item) for item in items]
 
 
 def _take(tx: Transaction, item: RateRequest) -> int:
     mine = endpoints.c.id == item.endpoint_id
-    statement = select(endpoints.c.options, endpoints.c.slot_at).where(mine).with_for_update()
-    row = tx.connection.execute(statement).first()
-    interval = interval_ms(row.options if row else None)
-    if row is None or not interval:
+    interval = interval_ms(tx.connection.execute(select(endpoints.c.options).where(mine)).scalar())
+    if not interval:
         return 0
     if item.slot_at is not None and item.slot_at > tx.now - max(1000, interval):
         return max(0, item.slot_at - tx.now)
+    # A transaction that waited here for another could make a deadlock of its other endpoints.
+    locked = select(endpoints.c.slot_at).where(mine).with_for_update(skip_locked=True)
+    row = tx.connection.execute(locked).first()
+    if row is None:
+        return LOCKED_MS
     slot = max(tx.now, row.slot_at or 0)
+    if item.later and slot - tx.now > max(AHEAD_MS, interval):
+        return AHEAD_MS
     tx.connection.execute(update(endpoints).where(mine).values(slot_at=slot + interval))
     place = update(deliveries).where(columns.id == item.delivery_id).values(slot_at=slot)
     tx.connection.execute(place)

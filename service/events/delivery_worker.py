@@ -121,7 +121,9 @@ class DeliveryWorker:
     async def _wait_turn(self, lease: Lease, delivery: DeliveryToSend) -> DeliveryOutcome | None:
         """The outcome of a delivery whose turn by the endpoint's rate comes later. None: now."""
         assert delivery.endpoint_id is not None
-        request = RateRequest(delivery.id, delivery.endpoint_id, delivery.slot_at)
+        request = RateRequest(
+            delivery.id, delivery.endpoint_id, delivery.slot_at, later=lease.stage == "redeliver"
+        )
         wait_ms = await self.sender.resources.store.write(take_times, request)
         if wait_ms <= 0:
             return None
@@ -232,6 +234,6 @@ async def send_test(
         "data": {"endpoint_id": endpoint["id"]} if data is None else data,
     }
     attempt = await sender.send_event(
-        event, endpoint["url"], endpoint["secret"], endpoint["headers"]
+        event, *(endpoint[name] for name in ("id", "url", "secret", "headers"))
     )
     return {"time": event["time"], **asdict(attempt)}

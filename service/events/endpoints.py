@@ -253,6 +253,17 @@ class EndpointChange:
     headers: bytes | None = None  # encrypted; empty: none
 
 
+def _ask_again_for_times(tx: Transaction, endpoint_id: str) -> None:
+    """Makes the deliveries due that wait for a time of the endpoint's former rate."""
+    waiting = update(deliveries).where(
+        deliveries.c.endpoint_id == endpoint_id,
+        deliveries.c.state == "pending",
+        deliveries.c.slot_at > tx.now,
+    )
+    tx.connection.execute(waiting.values(slot_at=None, due_at=tx.now))
+    tx.due.update(("deliver", "redeliver"))
+
+
 @one_by_one
 def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
     """Changes an endpoint. False: this owner has no such endpoint."""
@@ -267,6 +278,9 @@ def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
     values: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if item.options:
         values["options"] = {**(row.options or {}), **item.options}
+        if "rate_per_s" in item.options:
+            values["slot_at"] = None
+            _ask_again_for_times(tx, item.id)
     if item.headers is not None:
         values["headers"] = item.headers or None
     status = item.status if item.status != row.status else None

@@ -259,8 +259,10 @@ def cancel_replays(tx: Transaction, item: tuple[str, str | None]) -> bool:
     older = and_(mine, deliveries.c.created_at < row.created_at)
     tx.connection.execute(update(deliveries).where(older).values(replay_id=None))
     values = ended(tx.now, "replay cancelled")
+    touched = select(deliveries.c.endpoint_id).where(mine, deliveries.c.endpoint_id.is_not(None))
+    endpoint_ids = list(tx.connection.execute(touched.distinct()).scalars())
     tx.connection.execute(update(deliveries).where(mine).values(values))
-    release_waiting(tx, row.endpoint_id)
+    release_waiting(tx, endpoint_ids)
     return True
 
 

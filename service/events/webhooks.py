@@ -52,11 +52,11 @@ class WebhookSender:
         parent = event["traceparent"]
         with tracing.span(f"send {to}", "producer", parent, linked=late, attributes=about) as span:
             if delivery.endpoint_id is not None:
-                headers = delivery.headers
-                attempt = await self.send_event(event, delivery.url, delivery.secret, headers)
+                mine = delivery.endpoint_id, delivery.url, delivery.secret, delivery.headers
+                attempt = await self.send_event(event, *mine)
             else:
                 egress = self.resources.task_callbacks
-                attempt = await self._post(egress, delivery.url, event, TASK_TYPE, delivery.secret)
+                attempt = await self._post(egress, delivery.url, event, delivery.secret)
             if attempt.error is not None:
                 span.fail(str(attempt.status or "no_answer"))
         return attempt
@@ -66,28 +66,28 @@ class WebhookSender:
         assert delivery.event is not None
         assert delivery.url is not None
         assert delivery.secret is not None
-        content_type = TASK_TYPE if delivery.endpoint_id is None else EVENT_TYPE
-        signed = self._signed(delivery.event, content_type, delivery.secret, delivery.headers)
-        return delivery.url, *signed
+        mine = delivery.secret, delivery.headers, delivery.endpoint_id
+        return delivery.url, *self._signed(delivery.event, *mine)
 
     async def send_event(
-        self, event: Row, url: str, secret: bytes, headers: bytes | None
+        self, event: Row, endpoint_id: str, url: str, secret: bytes, headers: bytes | None
     ) -> DeliveryAttempt:
-        return await self._post(self.resources.endpoints, url, event, EVENT_TYPE, secret, headers)
+        egress = self.resources.endpoints
+        return await self._post(egress, url, event, secret, headers, endpoint_id)
 
     async def _post(
         self,
         egress: Egress,
         url: str,
         event: Row,
-        content_type: str,
         secret: bytes,
         static: bytes | None = None,
+        endpoint_id: str | None = None,
     ) -> DeliveryAttempt:
         attempt_id, started = self.resources.id("attempt"), time.perf_counter()
         ours = False
         try:
-            headers, body = self._signed(event, content_type, secret, static)
+            headers, body = self._signed(event, secret, static, endpoint_id)
             answer = await egress.request(
                 "POST",
                 url,
@@ -117,21 +117,25 @@ class WebhookSender:
         return DeliveryAttempt(attempt_id, None, duration_ms, problem, ours=ours, url=url)
 
     def _signed(
-        self, event: Row, content_type: str, secret: bytes, static: bytes | None
+        self, event: Row, secret: bytes, static: bytes | None, endpoint_id: str | None
     ) -> tuple[dict[str, str], bytes]:
-        """The headers, the endpoint's `static` ones among them, and the body that they sign."""
+        """The headers, the endpoint's `static` ones among them, and the body that they sign.
+        Without `endpoint_id` the receiver is a task's own address.
+        """
         now = self.resources.clock()
         document = event_document(event, self.resources.links)
-        body = compact_json(document["data"] if content_type == TASK_TYPE else document).encode()
+        body = compact_json(document["data"] if endpoint_id is None else document).encode()
         keyring, id, time_s = self.resources.keyring, event["id"], now // 1000
         secrets = valid_secrets(keyring.decrypt(secret), now)
         signatures = sign_webhook(secrets, id, time_s, body)
+        if endpoint_id is not None:
+            signatures += " " + keyring.sign_openly(endpoint_id, id, time_s, body)
         headers = {
             **_lower(keyring.decrypt(static) if static else "{}"),
-            "content-type": content_type,
+            "content-type": TASK_TYPE if endpoint_id is None else EVENT_TYPE,
             "webhook-id": id,
             "webhook-timestamp": str(time_s),
-            "webhook-signature": f"{signatures} {keyring.sign_openly(id, time_s, body)}",
+            "webhook-signature": signatures,
         }
         return headers, body
 

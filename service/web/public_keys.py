@@ -1,4 +1,4 @@
-"""The public keys of webhooks, as a JSON Web Key Set (RFC 7517 and 8037)."""
+"""The public keys of an endpoint's webhooks, as a JSON Web Key Set (RFC 7517 and 8037)."""
 
 import base64
 import hashlib
@@ -43,6 +43,7 @@ def document(key: bytes) -> JSON:
 
 
 async def public_keys(request: Request) -> Response:
-    """Show the public keys that verify webhooks."""
-    keys = [document(key) for key in resources_of(request).keyring.public_keys()]
+    """Show the public keys that verify an endpoint's webhooks."""
+    found = resources_of(request).keyring.public_keys(request.path_params["endpoint_id"])
+    keys = [document(key) for key in found]
     return JSONResponse({"keys": keys}, headers=FRESH)

@@ -42,7 +42,7 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
     ("POST", "/v1/estimates"): {"read", "submit"},
     ("GET", "/v1/ledger"): {"read"},
     ("GET", "/v1/usage"): {"read"},
-    ("GET", "/.well-known/jwks.json"): set(),
+    ("GET", "/.well-known/endpoints/{endpoint_id}/jwks.json"): set(),
     ("GET", "/v1/budgets"): {"read"},
     ("PUT", "/v1/budgets/{owner}"): {"admin"},
     ("POST", "/v1/files"): {"submit"},

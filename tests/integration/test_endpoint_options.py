@@ -308,6 +308,16 @@ async def test_a_rate_spaces_requests(shop: Shop) -> None:
     assert slow.times[-1] - slow.times[0] > 0.2
 
 
+async def test_a_new_rate_acts_on_deliveries_that_wait(shop: Shop) -> None:
+    """At one request in 100 s the third delivery would wait for more than three minutes."""
+    made = await shop.endpoint(rate_per_s=0.01)
+    for number in range(3):
+        await shop.emit(f"task_{number}")
+    await shop.arrived(1)
+    got(await shop.client.patch(f"/v1/endpoints/{made['id']}", json={"rate_per_s": None}))
+    await shop.arrived(3)
+
+
 async def test_a_success_after_failures_is_told_once_a_minute(here: World, shop: Shop) -> None:
     made = await shop.endpoint()
     shop.server.answer = lambda number, _: DONE if number % 2 else REFUSED
@@ -320,12 +330,14 @@ async def test_a_success_after_failures_is_told_once_a_minute(here: World, shop:
     assert 0 < mine["seconds"] < 10
 
 
-async def test_a_public_key_verifies_every_webhook(shop: Shop) -> None:
+async def test_a_public_key_of_the_endpoint_verifies_its_webhooks(shop: Shop) -> None:
+    """A webhook to one endpoint is not valid for another, or a receiver could pass it on."""
     made = await shop.endpoint()
     await shop.emit("task_a")
     await shop.arrived(1)
-    keys = got(await shop.client.get("/.well-known/jwks.json"))["keys"]
-    assert keys == got(await shop.here.stranger.get("/.well-known/jwks.json"))["keys"]
+    stranger, place = shop.here.stranger, "/.well-known/endpoints/{}/jwks.json"
+    keys = got(await stranger.get(place.format(made["id"])))["keys"]
+    assert keys[0]["x"] != got(await stranger.get(place.format("ep_other")))["keys"][0]["x"]
     (request,) = shop.server.received
     v1, v1a = request.headers["webhook-signature"].split(" ")
     assert v1.startswith("v1,")

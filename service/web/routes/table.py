@@ -199,7 +199,7 @@ SPECS = (
     spec("GET /metrics", health.metrics, "admin"),
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
-    spec("GET /.well-known/jwks.json", public_keys, "", PublicKeys),
+    spec("GET /.well-known/endpoints/{endpoint_id}/jwks.json", public_keys, "", PublicKeys),
 )
 OPENAPI = Published(lambda: openapi_document(SPECS))
 ASYNCAPI = Published(asyncapi_document)
