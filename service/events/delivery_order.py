@@ -105,7 +105,9 @@ def take_times(tx: Transaction, items: Sequence[RateRequest]) -> list[int]:
     the deliveries of an outage would come all at once. Retries and replays take no time that is
     more than `AHEAD_MS` away, so that first attempts do not wait behind all of them.
     """
-    return [_take(tx, item) for item in items]
+    # Rows are locked in the order of their ids, as the renewal of leases locks them.
+    waits = {item: _take(tx, item) for item in sorted(items, key=lambda item: item.delivery_id)}
+    return [waits[item] for item in items]
 
 
 def _take(tx: Transaction, item: RateRequest) -> int:
