@@ -8,7 +8,7 @@ from urllib.parse import quote
 import typer
 
 from service.cli.place import Place, place
-from service.errors import DarkroomError, NotConnected
+from service.errors import DarkroomError, EgressError, NotConnected
 from service.strict_json import JSON
 
 if TYPE_CHECKING:
@@ -40,6 +40,16 @@ class ServiceUnreachable(CommandFailed):
     """No connection to the service was made."""
 
     code = "service_unreachable"
+
+
+class ServiceBusy(CommandFailed):
+    """The service, or a proxy before it, answered 429, 502, 503 or 504."""
+
+    code = "service_busy"
+
+
+# After these a command that follows events asks again.
+AWAY = (ServiceUnreachable, ServiceBusy, EgressError)
 
 
 class ApiClient:
@@ -81,13 +91,14 @@ class ApiClient:
     def _document(self, answer: "ServiceAnswer") -> JSON:
         if answer.status == 204:
             return {}
+        failed = ServiceBusy if answer.status in (429, *GATEWAY) else CommandFailed
         try:
             document = answer.json()
             error = document["error"] if answer.status >= 400 else None
             reason = f"{error['code']}: {error['message']}" if error else ""
         except (ValueError, LookupError, TypeError):
             behind = " and the service behind it at work" if answer.status in GATEWAY else ""
-            raise CommandFailed(
+            raise failed(
                 f"{self.url} answered {answer.status}, but not as the service does:"
                 f" is {self.variable} right{behind}?"
             ) from None
@@ -98,7 +109,7 @@ class ApiClient:
             check_names()
             key = "of DARKROOM_API_KEY" if self._has_key else "(DARKROOM_API_KEY is not set)"
             reason = f"{reason}; {self.at} got {'the' if self._has_key else 'no'} key {key}"
-        raise CommandFailed(reason, error)
+        raise failed(reason, error)
 
     @property
     def variable(self) -> str:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from service.cli.api_client import ServiceUnreachable, api_client
+from service.cli.api_client import AWAY, api_client
 from service.cli.output import Json, Text, Texts, option, put, put_json, remark
 from service.errors import EgressError
 from service.strict_json import JSON, compact_json
@@ -45,7 +45,7 @@ def listen(
         try:
             page = client.call("GET", "/v1/events", params={**query, "after": last, "wait": WAIT_S})
             failures = 0
-        except (ServiceUnreachable, EgressError):
+        except AWAY:
             failures += 1
             if failures == MAX_FAILURES:
                 raise

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from service.cli.api_client import (
+    AWAY,
     ApiClient,
     CommandFailed,
     Interrupted,
-    ServiceUnreachable,
     api_client,
     pairs,
     segment,
@@ -285,7 +285,7 @@ def events(
         try:
             page = client.call("GET", "/v1/events", params={**query, "after": last})
             failures = 0
-        except (ServiceUnreachable, EgressError):
+        except AWAY:
             failures += 1
             if not follow or last == after or failures == MAX_FAILURES:
                 raise

@@ -47,7 +47,7 @@ def paced(options: JSON | None) -> bool:
 
 def order_key(options: JSON | None, task_id: str | None, data: JSON) -> str | None:
     """Deliveries with one key go one after another. None: the endpoint is not ordered, or the event
-    is about no task. The value of the metadata is hashed, because erasure must not leave it.
+    is about no task. The value of the metadata is hashed, and erasure removes the hash.
     """
     if not options or not options.get("ordered") or task_id is None:
         return None

@@ -92,6 +92,9 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
     own = and_(deliveries.c.task_id == task_id, OWN_PENDING)
     execute(update(deliveries).where(own).values(state="dead", finished_at=tx.now, due_at=None))
     of_task = select(deliveries.c.id).where(deliveries.c.task_id == task_id)
+    # The key of an ordered delivery is a hash of metadata, which a reader could guess.
+    keyed = and_(deliveries.c.task_id == task_id, deliveries.c.order_key.is_not(None))
+    execute(update(deliveries).where(keyed, deliveries.c.state != "pending").values(order_key=None))
     answered = and_(attempts.c.delivery_id.in_(of_task), attempts.c.answer.is_not(None))
     execute(update(attempts).where(answered).values(answer=None))
     about = and_(events.c.task_id == task_id, events.c.type.startswith("image.task."))
