@@ -4,7 +4,6 @@ the alert fire, follows docs/runbook.md and sees the alert clear.
 Windows, delays and thresholds of the rules are shorter than in production.
 """
 
-import asyncio
 import json
 import re
 import sqlite3
@@ -22,9 +21,6 @@ import yaml  # type: ignore[import-untyped]
 
 from service.db.queues import QUEUES
 from service.ops.metrics import STAGES, Metrics
-from service.setting_types import keys_of
-from service.signing import Keyring
-from service.web.overload import SHED_AT
 from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
 from tests.disks import small_disk
@@ -413,34 +409,6 @@ async def test_a_store_that_does_not_commit(scene: Scene) -> None:
         await scene.firing("DarkroomStoreFailing")
         db.rollback()
     await scene.clear("DarkroomStoreFailing")
-
-
-async def test_clients_that_are_shed(scene: Scene) -> None:
-    """Callbacks wait for a store that is locked, and clients get 503 at once. The log says so."""
-    ring = Keyring(keys_of((scene.folder / "data" / "secret.key").read_text().strip()))
-    task = "task_" + "a" * 26
-    path = f"/callbacks/evolink/{task}/{ring.callback_token('evolink', task)}"
-    limits = httpx.Limits(max_connections=SHED_AT + 50)
-    async with httpx.AsyncClient(
-        base_url=scene.url, trust_env=False, limits=limits, timeout=60
-    ) as upstream:
-        with closing(sqlite3.connect(scene.folder / "data" / "darkroom.db", timeout=30)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            body = {"id": "task-unified-1", "status": "completed"}
-            burst = [
-                asyncio.create_task(upstream.post(path, json=body)) for _ in range(SHED_AT + 20)
-            ]
-
-            async def shed() -> bool:
-                key = {"authorization": f"Bearer {ADMIN_KEY}"}
-                return (await upstream.get("/v1/tasks", headers=key)).status_code == 503
-
-            await wait_until(shed)
-            db.rollback()
-        await asyncio.gather(*burst)
-    assert scene.running[-1].logged("http.shed")
-    await scene.firing("DarkroomShedding")
-    await scene.clear("DarkroomShedding")
 
 
 async def test_no_worker_and_late_deliveries(postgres_url: str, tmp_path: Path) -> None:
