@@ -8,7 +8,7 @@ from urllib.parse import quote
 import typer
 
 from service.cli.place import Place, place
-from service.errors import DarkroomError, EgressError, NotConnected
+from service.errors import DarkroomError, NotConnected
 from service.strict_json import JSON
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ class ServiceBusy(CommandFailed):
     """The service, or a proxy before it, answered 429, 502, 503 or 504."""
 
     code = "service_busy"
-
-
-# After these a command that follows events asks again.
-AWAY = (ServiceUnreachable, ServiceBusy, EgressError)
 
 
 class ApiClient:

@@ -7,12 +7,13 @@ from urllib.parse import urlsplit
 
 import typer
 
-from service.cli.api_client import AWAY, api_client
-from service.cli.output import Json, Text, Texts, option, put, put_json, remark
+from service.cli.api_client import api_client
+from service.cli.event_pages import event_pages
+from service.cli.output import Json, Text, Texts, option, put, put_json
 from service.errors import EgressError
 from service.strict_json import JSON, compact_json
 
-PAGE, WAIT_S, MAX_FAILURES = 100, 30, 8
+PAGE, WAIT_S = 100, 30
 NO_TASK = "task_none"  # an empty page: the service examined all events, and names the last
 
 
@@ -40,22 +41,9 @@ def listen(
         last = client.call("GET", "/v1/events", params={"task": NO_TASK})["next_after"]
     started = {"url": url, "secret": secret, "after": last}
     put_json(started) if as_json else put(f"forwarding to {url}, signed with {secret}")
-    failures = 0
-    while True:
-        try:
-            page = client.call("GET", "/v1/events", params={**query, "after": last, "wait": WAIT_S})
-            failures = 0
-        except AWAY:
-            failures += 1
-            if failures == MAX_FAILURES:
-                raise
-            time.sleep(2 ** (failures - 1))
-            continue
-        if page["resync"]:
-            remark(f"events after {last} are no longer all kept")
-        for event in page["data"]:
+    for found in event_pages(client, {**query, "wait": WAIT_S}, last):
+        for event in found:
             forward(url, secret, event, as_json)
-        last = page["next_after"]
 
 
 def receiver(url: str) -> None:

@@ -1,7 +1,7 @@
 """What makes a command of the program start quickly.
 
 typer builds the parameters of all commands before it runs one, and an adapter of pydantic for each
-parameter of the command, also for those that are not given. Both take as long as a request.
+parameter of the command, even if the line does not give it. Both take as long as a request.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +9,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli.api_client import (
-    AWAY,
-    ApiClient,
-    CommandFailed,
-    Interrupted,
-    api_client,
-    pairs,
-    segment,
-)
+from service.cli.api_client import ApiClient, CommandFailed, Interrupted, api_client, pairs, segment
+from service.cli.event_pages import event_pages
 from service.cli.list_rows import age_of, date, why_held
 from service.cli.money_commands import estimated, has_ended, say_cost
 from service.cli.output import (
@@ -32,7 +24,6 @@ from service.cli.output import (
     put_fields,
     put_json,
     put_result,
-    remark,
 )
 from service.cli.place import place
 from service.cli.submit_options import (
@@ -58,7 +49,6 @@ SHOWN = ("id", "state", "upstream_id", "model", "prompt", "request", "metadata",
 LEFT = "Its ids, times, state, costs and the sizes of its images are left."
 EVENTS_PAGE, EVENTS_WAIT_S = 1000, 30
 # A follower waits 1 + 2 + 4 + … + 64 = 127 s between eight failed calls: a restart of the service.
-MAX_FAILURES = 8
 
 
 def submit(
@@ -280,21 +270,8 @@ def events(
     if follow:
         query["wait"] = EVENTS_WAIT_S
     client = api_client()
-    last, failures = after, 0
-    while True:
-        try:
-            page = client.call("GET", "/v1/events", params={**query, "after": last})
-            failures = 0
-        except AWAY:
-            failures += 1
-            if not follow or last == after or failures == MAX_FAILURES:
-                raise
-            time.sleep(2 ** (failures - 1))
-            continue
-        if page["resync"]:
-            remark(f"events after {last} are no longer all kept")
-        for event in page["data"]:
+    for found in event_pages(client, query, after, lambda last: follow and last != after):
+        for event in found:
             put_json(event)
-        last = page["next_after"]
-        if not follow and len(page["data"]) < EVENTS_PAGE:
+        if not follow and len(found) < EVENTS_PAGE:
             return

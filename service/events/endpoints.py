@@ -249,7 +249,7 @@ class EndpointChange:
     description: str | None = None
     status: str | None = None  # enabled | paused | disabled
     delete: bool = False
-    options: JSON | None = None  # those that change
+    options: JSON | None = None  # the changed ones
     headers: bytes | None = None  # encrypted; empty: none
 
 

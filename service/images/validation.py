@@ -22,7 +22,7 @@ class InvalidImage:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredImage:
-    """The figures of an input image, also of one that does not decode."""
+    """The figures of an input image. An image that does not decode has them too."""
 
     media_type: str
     bytes: int
