@@ -19,7 +19,7 @@ from service.db import schema
 from service.errors import ConfigurationError
 from service.folders import sync
 
-CHECK_S = 1.0  # about a gigabyte in memory; callbacks wait for a start
+CHECK_S = 0.3  # about 300 MB in memory; callbacks wait for a start
 STEPS = 10_000  # of SQLite, between two looks at the clock
 DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 BESIDE = ("-wal", "-journal")  # files that SQLite keeps beside a database and needs to read it

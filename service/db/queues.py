@@ -97,15 +97,17 @@ _partial("ix_tasks_owner_submit_turn", _unsubmitted, tasks.c.owner, tasks.c.subm
 
 
 def release_all(connection: Connection) -> None:
-    """Ends every lease and counts it as a crash. Only for a store whose lock proves that no other
-    process uses it (SQLite, at the start). A task that was cancelled while it was leased is leased
-    and not due, so no index finds all leases, and a start reads each row once.
+    """Ends the lease of every due row and counts it as a crash. Only for a store whose lock proves
+    that no other process uses it (SQLite, at the start). Each queue's index finds its due rows.
+
+    A task that was cancelled while it was leased is not due. Its lease ends by time.
     """
-    for queue in LEASED:
+    for queue in QUEUES.values():
         until, deaths = queue.column("lease_until"), queue.column("deaths")
+        where = () if queue.where is None else (queue.where,)
         connection.execute(
             update(queue.table)
-            .where(until.is_not(None))
+            .where(queue.column("due_at").is_not(None), until.is_not(None), *where)
             .values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
         )
     connection.execute(update(sinks).values(lease_until=None, lease_owner=None))

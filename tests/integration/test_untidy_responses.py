@@ -121,9 +121,9 @@ async def test_the_status_line_decides_a_delivery(kind: str, here: World, server
     assert (found["state"], server.asked.count(("receiver", name))) == ("delivered", 1)
     (attempt,) = found["attempts"]
     assert (attempt["status"] // 100, attempt["error"]) == (2, None)
-    assert attempt["duration_ms"] < 1900
+    assert attempt["duration_ms"] < 8000
     assert len(attempt["answer"]) <= 2048
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 15
     assert server.reused[reused:] == []
 
 
@@ -342,5 +342,5 @@ async def test_an_endless_head_is_left_at_its_limit(hostile: bytes) -> None:
             assert not hostile.startswith(b"HTTP/1.1 200")
         else:
             assert (got.status, got.body, type(got.failure)) == (200, b"", ConnectionLost)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 8
         assert sent < 20 << 20  # most of it is in the kernel's buffers
