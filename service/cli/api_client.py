@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 GATEWAY = (502, 503, 504)
+# What removes an alpha channel, in the words of the API and here.
+FLATTENING = "An upload with ?flatten=white", "darkroom files upload --flatten"
 
 
 class CommandFailed(DarkroomError):
@@ -76,13 +78,16 @@ class ApiClient:
         return self._document(self._send(method, path, params=query, body=body, headers=headers))
 
     def upload(self, path: str, file: Path, *, params: Mapping[str, str] | None = None) -> JSON:
-        """The response to the file in a form. CommandFailed names the file."""
+        """The response to the file in a form. CommandFailed names the file, and the option of the
+        command in place of the parameter of the API.
+        """
         with file.open("rb") as content:
             response = self._send("POST", path, params=params, file=content)
         try:
             return self._document(response)
         except CommandFailed as error:
-            raise CommandFailed(f"{file}: {error}") from None
+            text = f"{file}: {error}".replace(*FLATTENING)
+            raise type(error)(text, error.error and {**error.error, "message": text}) from None
 
     def _document(self, answer: "ServiceAnswer") -> JSON:
         if answer.status == 204:

@@ -42,6 +42,15 @@ def endpoint_row(endpoint: JSON) -> JSON:
     return endpoint | shown | {"success": None if rate is None else f"{rate:.1%}"}
 
 
+def with_missed(endpoint: JSON) -> JSON:
+    """The events that an endpoint missed while it was disabled, and the command that sends them."""
+    replay = endpoint["replay"]
+    if not replay or not replay["count"]:
+        return endpoint | {"replay": None}
+    command = f"darkroom replay start {endpoint['id']} --since {replay['since']}"
+    return endpoint | {"replay": None, "missed": replay["count"], "to send them": command}
+
+
 def delivery_row(delivery: JSON) -> JSON:
     attempts = delivery["attempts"]
     error = (attempts[-1]["error"] if attempts else None) or delivery["cause"]

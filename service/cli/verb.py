@@ -27,9 +27,10 @@ class Verb:
 
     Parameters that the path names fill it. `fields` arranges the others as the query of a GET, or
     as the JSON body of any other method. A response with a list shows the `columns` of each `row`.
-    The list is in `data`, or in `listed` beside fields of its own. An empty response shows the id
-    and `done`. A response with an error fails the command with the words of `failed`. `directly`
-    does the same in the store itself when no process serves it.
+    The list is in `data`, or in `listed` beside fields of its own. `people` arranges the fields of
+    any other response for people. An empty response shows the id and `done`. A response with an
+    error fails the command with the words of `failed`. `directly` does the same in the store itself
+    when no process serves it.
     """
 
     help: str
@@ -39,6 +40,7 @@ class Verb:
     fields: Callable[[JSON], JSON] = named
     listed: str = "data"
     row: Callable[[JSON], JSON] = dict
+    people: Callable[[JSON], JSON] = dict
     done: str | None = None
     failed: str | None = None
     directly: direct_keys.Action | None = None
@@ -86,7 +88,7 @@ class Verb:
 
     def show(self, document: JSON, as_json: bool) -> None:
         if as_json or not self.columns:
-            show(document, as_json)
+            show(document if as_json else self.people(document), as_json)
             return
         if self.listed != "data":
             put_fields({name: value for name, value in document.items() if name != self.listed})

@@ -8,7 +8,8 @@ import typer
 
 from service.cli import direct_keys
 from service.cli.api_client import pairs
-from service.cli.list_rows import delivery_row, endpoint_row, task_row
+from service.cli.endpoint_fields import some_change, with_owner
+from service.cli.list_rows import delivery_row, endpoint_row, task_row, with_missed
 from service.cli.output import Text, Texts, option
 from service.cli.verb import Verb, named
 from service.strict_json import JSON
@@ -45,23 +46,6 @@ def with_metadata(given: JSON) -> JSON:
     return named(given) | {f"metadata.{name}": value for name, value in metadata.items()}
 
 
-def with_owner(given: JSON) -> JSON:
-    """An owner of `*` is null: the endpoint gets the events of every owner."""
-    return options(given) | ({"owner": None} if given["owner"] == "*" else {})
-
-
-def options(given: JSON) -> JSON:
-    """The options of an endpoint as the API has them."""
-    lines = {name: pairs(given[name], f"--{name}") or None for name in ("metadata", "header")}
-    return named(given | {"header": None} | {"headers": lines.pop("header"), **lines})
-
-
-def some_change(given: JSON) -> JSON:
-    if not (changes := options(given)):
-        raise typer.BadParameter("name something to change, such as --url, --type or --status")
-    return changes
-
-
 def with_scopes(given: JSON) -> JSON:
     parts = given["scopes"].split(",")
     scopes = list(dict.fromkeys(scope.strip() for scope in parts if scope.strip()))
@@ -95,7 +79,7 @@ OPTIONS = {
     "ordered_by": text("With --ordered: for each value of this key of the metadata.", "KEY"),
     "metadata": Metadata,
     "header": Annotated[Texts, option("Sent with every request.", metavar="NAME=VALUE")],
-    "rate_per_s": Annotated[float | None, option("The most requests in a second.", metavar="N")],
+    "rate_per_s": text("The most requests in a second.", "N"),
 }
 
 TASKS = Verb(
@@ -134,7 +118,7 @@ ENDPOINTS = {
     ),
     "get": Verb("Show an endpoint.", "GET /v1/endpoints/{id}", {"id": Id}),
     "patch": Verb(
-        "Change the named fields of an endpoint.",
+        "Change the named fields of an endpoint. An empty text clears an option.",
         "PATCH /v1/endpoints/{id}",
         {
             "id": Id,
@@ -145,6 +129,7 @@ ENDPOINTS = {
             **OPTIONS,
         },
         fields=some_change,
+        people=with_missed,
     ),
     "delete": Verb("Delete an endpoint.", "DELETE /v1/endpoints/{id}", {"id": Id}, done="deleted"),
     "rotate": Verb(

@@ -130,7 +130,9 @@ class Endpoint(Shape):
     ordered: bool = Field(description=ORDERED)
     ordered_by: str | None = Field(description=ORDERED_BY)
     metadata: dict[str, str] = Field(description=METADATA)
-    headers: dict[str, str] = Field(description="sent with every request")
+    headers: dict[str, str] | None = Field(
+        description="sent with every request; null: no key of DARKROOM_SECRET_KEY decrypts them"
+    )
     rate_per_s: float | None = Field(description=RATE)
     created_at: str
     disabled_at: str | None

@@ -149,11 +149,17 @@ class Key(Shape):
     revoked_at: str | None
 
 
+class KeyBudget(Shape):
+    period: str
+    credits: float
+
+
 class CreatedKey(Key):
     key: str = Field(description="shown here only")
     callback_secret: str | None = Field(
         description="with the owner's first key: signs deliveries to its tasks' callback_urls"
     )
+    budget: KeyBudget | None = Field(description="the owner's budget, if this request set it")
 
 
 class SecretRotation(Rotation):

@@ -846,10 +846,76 @@ def test_a_submission_without_a_price_says_so(run: Run, client: Mapping[str, str
     assert done.err.splitlines()[1:] == ["estimate: unknown", "reserved: 1.5 credits"]
 
 
+CLEARED: dict[str, tuple[str, str, Any, Any]] = {
+    "ordered_by": ("--ordered-by", "user", "user", None),
+    "metadata": ("--metadata", "shop=7", {"shop": "7"}, {}),
+    "headers": ("--header", "X-Env=prod", {"X-Env": "prod"}, {}),
+    "rate_per_s": ("--rate-per-s", "2.5", 2.5, None),
+    "description": ("--description", "a shop", "a shop", ""),
+}
+
+
+def test_an_empty_text_clears_an_option_of_an_endpoint(run: Run, client: Mapping[str, str]) -> None:
+    """Each alone. The others stay, and so does what the command does not name."""
+    given = [word for name, text, *_ in CLEARED.values() for word in (name, text)]
+    make = ("endpoints", "create", "http://127.0.0.1:9/a", "--ordered", *given, "--json")
+    made = run(*make, **client).json
+    assert {name: made[name] for name in CLEARED} == {name: CLEARED[name][2] for name in CLEARED}
+    wanted = dict(made)
+    for name, (option, _, _, cleared) in CLEARED.items():
+        patched = run("endpoints", "patch", made["id"], option, "", "--json", **client).json
+        wanted[name] = cleared
+        assert patched == {each: wanted[each] for each in patched}, option
+    for option, text in (("--rate-per-s", "x"), ("--header", "x"), ("--metadata", "=")):
+        assert run("endpoints", "patch", made["id"], option, text, **client).code == 2
+    zero = run("endpoints", "patch", made["id"], "--rate-per-s", "0", **client)
+    assert "rate_per_s" in one_line(zero)
+    run("endpoints", "delete", made["id"], **client)
+
+
+def test_an_enabled_endpoint_shows_what_it_missed_and_how_to_send_it(
+    run: Run, client: Mapping[str, str]
+) -> None:
+    made = run("endpoints", "create", "http://127.0.0.1:9/a", "--json", **client).json
+    patch = ("endpoints", "patch", made["id"], "--status")
+    for _ in range(2):
+        run(*patch, "disabled", **client)
+        shown = run(*patch, "enabled", **client).out
+        assert "replay" not in shown
+        assert "missed" not in shown
+    run(*patch, "disabled", **client)
+    run("submit", "a lighthouse", "--wait", **client)
+    lines = dict(
+        re.split(" {2,}", line) for line in run(*patch, "enabled", **client).out.splitlines()
+    )
+    assert lines["missed"] == "2"
+    assert not [name for name in lines if name.startswith("replay")]
+    program, *words = lines["to send them"].split()
+    assert program == "darkroom"
+    assert run(*words, "--json", **client).json["count"] == 2
+    run("endpoints", "delete", made["id"], **client)
+
+
+def test_a_refused_picture_names_the_option_of_the_command(
+    run: Run, client: Mapping[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "glass.png"
+    path.write_bytes(photo("PNG", mode="RGBA"))
+    for words in (("files", "upload", str(path)), ("submit", "x", "--image", str(path))):
+        line = one_line(run(*words, **client))
+        assert line.endswith("darkroom files upload --flatten removes the channel"), line
+        assert str(path) in line
+    error = json.loads(run("files", "upload", str(path), "--json", **client).err)["error"]
+    assert (error["param"], "--flatten" in error["message"]) == ("file", True)
+    assert run("files", "upload", str(path), "--flatten", **client).out.startswith("file_")
+
+
 def test_a_budget_is_set_and_its_figures_are_shown(run: Run, client: Mapping[str, str]) -> None:
     """A key with a budget, its figures, a refusal, and usage."""
     words = "keys create --owner shop --scopes submit,read --budget 50/day"
-    key = run(*words.split(), "--json", **client).json["key"]
+    made = run(*words.split(), "--json", **client).json
+    assert made["budget"] == {"period": "day", "credits": 50}
+    key = made["key"]
     own = dict(client) | {"DARKROOM_API_KEY": key}
     done = run("submit", "a lighthouse", "--wait", **own)
     assert done.err.splitlines()[1:] == ["estimate: 2 credits", "cost: 2 credits"]

@@ -16,6 +16,7 @@ from service.db.money_tables import ledger
 from service.db.tables import images as image_table
 from service.db.tables import tasks as task_table
 from service.db.transaction import Transaction
+from service.events.endpoints import EndpointChange, change_endpoints, endpoint_row
 from service.signing import hash_api_key
 from service.web.sessions import COOKIE
 from tests.outbox import emitted
@@ -206,6 +207,25 @@ async def test_an_endpoint_is_edited(here: World, visitor: Visitor) -> None:
         "http://127.0.0.1:1/new",
         ["task.parked", "image.task.*"],
     )
+
+
+async def test_an_edit_keeps_headers_that_no_key_decrypts(here: World, visitor: Visitor) -> None:
+    """The page says so, and headers that are typed replace them."""
+    body = {"url": "http://127.0.0.1:1/old", "headers": {"X-Env": "prod"}}
+    made = (await here.client.post("/v1/endpoints", json=body)).json()
+    path, store = f"/console/endpoints/{made['id']}", here.context.resources.store
+    await store.write(change_endpoints, EndpointChange(made["id"], None, headers=b"of a lost key"))
+    assert (await here.client.get(f"/v1/endpoints/{made['id']}")).json()["headers"] is None
+    assert "They are kept unless" in await visitor.get(f"{path}/edit")
+    plain: dict[str, Any] = {"url": "http://127.0.0.1:1/new", "types": "image.task.*"}
+    assert "No key of DARKROOM_SECRET_KEY" in await visitor.post(f"{path}/edit", **plain)
+    row = await store.read(endpoint_row, made["id"], None)
+    assert row is not None
+    assert (row["url"], row["headers"]) == (plain["url"], b"of a lost key")
+    await visitor.post(f"{path}/edit", headers="X-Env=test", **plain)
+    assert "They are kept unless" not in await visitor.get(f"{path}/edit")
+    shown = (await here.client.get(f"/v1/endpoints/{made['id']}")).json()
+    assert shown["headers"] == {"X-Env": "test"}
 
 
 async def test_an_endpoint_is_created_tested_paused_rotated_and_deleted(

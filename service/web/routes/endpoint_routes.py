@@ -33,7 +33,7 @@ from service.web.list_page import page, position_of
 from service.web.schemas import Rotation
 
 
-def shown(row: Row, headers: JSON, replay: JSON | None = None) -> JSON:
+def shown(row: Row, headers: JSON | None, replay: JSON | None = None) -> JSON:
     return {
         **{name: row[name] for name in ("id", "owner", "url", "types", "description", "status")},
         **all_options(row["options"]),
@@ -49,10 +49,10 @@ def shown(row: Row, headers: JSON, replay: JSON | None = None) -> JSON:
 
 
 def document(resources: Resources, row: Row, replay: JSON | None = None) -> JSON:
-    """The endpoint as its owner sees it. No key decrypts its headers: `headers` is empty, and every
-    delivery says so.
+    """The endpoint as its owner sees it. If no key decrypts its headers, `headers` is null, and no
+    delivery is sent without them.
     """
-    headers: JSON = {}
+    headers: JSON | None = None if row["headers"] else {}
     if row["headers"]:
         with suppress(ConfigurationError):
             headers = json.loads(resources.keyring.decrypt(row["headers"]))

@@ -39,12 +39,12 @@ async def create_key(
     """Creates a key. The result has the key, and for an owner's first key the callback secret.
     `acting` takes an action, its target and its detail, and writes with an entry of the audit.
     """
-    owner, scopes = body.owner, body.scopes
+    owner, scopes, set_budget = body.owner, body.scopes, None
     if body.budget is not None:  # before the key, which could spend without it
         limit = millionths(body.budget.credits)
         budget = Budget(owner, body.budget.period, limit)
-        detail = {"period": budget.period, "credits": credits_number(limit)}
-        await acting("budget.set", owner, detail)(set_budgets, budget)
+        set_budget = {"period": budget.period, "credits": credits_number(limit)}
+        await acting("budget.set", owner, set_budget)(set_budgets, budget)
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     id, hint, secret = new_id("key", now), key[:HINT_CHARS], new_secret(os.urandom(32))
     encrypted = keyring.encrypt(secret)
@@ -53,7 +53,8 @@ async def create_key(
     first = await acting("key.create", id, made)(insert_keys, stored)
     rows = await store.read(owner_keys.key_list)
     row = next(row for row in rows if row["id"] == id)
-    return {**shown(row), "key": key, "callback_secret": secret if first else None}
+    shown_once = {"key": key, "callback_secret": secret if first else None}
+    return {**shown(row), **shown_once, "budget": set_budget}
 
 
 def shown(row: Row) -> JSON:

@@ -128,7 +128,7 @@ async def create(visit: Visit) -> Response:
 async def edit(visit: Visit, error: ApiError | None = None) -> Response:
     found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
     given = {**found, "types": " ".join(found["types"])}
-    given |= {name: lines_of(found[name]) for name in LINES}
+    given |= {name: lines_of(found[name] or {}) for name in LINES}
     if error:
         given |= {name: visit.form.get(name) for name in FIELDS + MORE}
     return visit.render("endpoint_edit.html", given=given, error=error, endpoint=found)
@@ -136,8 +136,12 @@ async def edit(visit: Visit, error: ApiError | None = None) -> Response:
 
 async def change(visit: Visit) -> Response:
     id = visit.path("endpoint_id")
+    found = await visit.call(f"GET {API}", endpoint_id=id)
     try:
-        await visit.call(f"PATCH {API}", body=body_of(visit), endpoint_id=id)
+        body = body_of(visit)
+        if found["headers"] is None and not body["headers"]:
+            del body["headers"]  # the form cannot show them, and keeps them
+        await visit.call(f"PATCH {API}", body=body, endpoint_id=id)
     except ApiError as error:
         return await edit(visit, error)
     return visit.redirect(f"{LIST}/{id}", "The endpoint is changed.")
