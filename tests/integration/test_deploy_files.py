@@ -3,18 +3,25 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from service.settings import Settings
 from tests.certificates import self_signed
-from tests.environment import ROOT
-from tests.servers import missing
+from tests.environment import ROOT, clean_environment
+from tests.servers import free_port, missing
+from tests.waiting import wait_until
 
 DEPLOY = ROOT / "deploy"
 SETTINGS = {
@@ -118,9 +125,66 @@ def test_caddy_passes_the_public_paths_alone(tmp_path: Path) -> None:
     given = {"PROXY_PATHS": "/images/* /v1/*", "PROXY_BACKEND": "web-1:8080 web-2:8080"}
     file = ("--adapter", "caddyfile", "--config", str(DEPLOY / "Caddyfile"))
     adapted = checked(program("caddy"), "adapt", *file, folder=tmp_path, **given)
-    assert '"match":[{"path":["/images/*","/v1/*"]}]' in adapted
+    assert '"match":[{"path":["/.well-known/*","/images/*","/v1/*"]}]' in adapted
     assert adapted.count('"upstreams":[{"dial":"web-1:8080"},{"dial":"web-2:8080"}]') == 2
     assert adapted.count('"status_code":404') == 2
+
+
+PASSED = {"/callbacks/evolink/task_x/t", "/.well-known/endpoints/ep_x/jwks.json", "/images/img_x"}
+API, INSIDE = {"/v1/tasks", "/console/"}, {"/metrics", "/readyz"}
+PROXIES: dict[str, tuple[tuple[str, ...], dict[str, str], set[str]]] = {
+    "Caddyfile": (("caddy", "run", "--adapter", "caddyfile", "--config"), {}, PASSED | API),
+    "Caddyfile behind compose.https.yaml": (
+        *(("caddy", "run", "--adapter", "caddyfile", "--config"), {"PROXY_PATHS": "/images/*"}),
+        PASSED,
+    ),
+    "haproxy-service.cfg": (("haproxy", "-db", "-f"), {}, PASSED | API),
+}
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+@contextmanager
+def started(*command: str, folder: Path, **given: str) -> Iterator[None]:
+    environment, nowhere = clean_environment(given), subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, cwd=folder, stderr=nowhere) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+class Anything(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+async def test_receivers_reach_the_public_keys_through_a_proxy(tmp_path: Path, kind: str) -> None:
+    """With what else is public. The figures of the service are not."""
+    (name, *words), given, passed = PROXIES[kind]
+    port, certificate = free_port(), self_signed(tmp_path)
+    url = f"http://127.0.0.1:{port}" if name == "caddy" else f"https://127.0.0.1:{port}"
+    given = given | {"HOME": str(tmp_path), "CADDY_ADMIN": "off", "PROXY_SITE": url}
+    given |= {"PROXY_CERTIFICATE": str(certificate), "PROXY_BIND": f"127.0.0.1:{port}"}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as backend:
+        threading.Thread(target=backend.serve_forever, daemon=True).start()
+        given["PROXY_BACKEND"] = f"127.0.0.1:{backend.server_port}"
+        command = (program(name), *words, str(DEPLOY / kind.partition(" ")[0]))
+        with started(*command, folder=tmp_path, **given):
+            await wait_until(lambda: listens(port))
+            async with httpx.AsyncClient(base_url=url, verify=False, trust_env=False) as client:
+                paths = PASSED | API | INSIDE
+                got = {path: (await client.get(path)).status_code for path in paths}
+        backend.shutdown()
+    assert got == {path: 204 if path in passed else 404 for path in got}
 
 
 def test_nats_accepts_its_file(tmp_path: Path) -> None:
@@ -132,10 +196,14 @@ def test_nats_accepts_its_file(tmp_path: Path) -> None:
     checked(program("nats-server"), "-t", "-c", str(file), folder=tmp_path, NATS_PASSWORD="secret")
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_compose_names_a_setting_that_is_missing(tmp_path: Path, name: str) -> None:
+def test_compose_names_a_setting_that_is_missing(tmp_path: Path) -> None:
     """No service starts with an empty password or a key of its own."""
-    given = {each: value for each, value in SETTINGS.items() if each != name}
+    text = (DEPLOY / "compose.postgres.yaml").read_text()
+    for name in SETTINGS:
+        uses = re.findall(rf"\${{{name}\b[^}}]*}}", text)
+        assert uses
+        assert all(re.fullmatch(rf"\${{{name}:\?.+ in \.env.*}}", use) for use in uses), uses
+    given = {each: value for each, value in SETTINGS.items() if each != "POSTGRES_PASSWORD"}
     with pytest.raises(AssertionError, match=r"in \.env"):
         composed(tmp_path, "compose.postgres.yaml", **given)
 
