@@ -11,6 +11,7 @@ from types import MappingProxyType
 RUN_BY_STORIES = (
     "README.md",
     "docs/backup.md",
+    "docs/deploy.md",  # in tests/e2e/test_ten_minutes.py
     "docs/consuming.md",
     "docs/editing.md",
     "docs/operations.md",

@@ -25,7 +25,7 @@ from tests.servers import free_port, missing
 from tests.terminals import COMMAND_S, quick_program
 
 START_S, STOP_S = 60, 30
-SERVER = re.compile(r"darkroom (serve|worker|sandbox)\b")
+SERVER = re.compile(r"(?:env .*)?(?:darkroom|caddy) (serve|worker|sandbox|run)\b")
 pytestmark = pytest.mark.timeout(300)
 
 # The values that a page writes as …, printed by an earlier command.

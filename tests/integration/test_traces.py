@@ -162,10 +162,13 @@ def test_the_standard_variables_switch_traces_on(variables: dict[str, str], on: 
 
 @dataclass(slots=True)
 class Collector:
-    """An OTLP collector over HTTP. `spans`: service's name, span's name and trace."""
+    """An OTLP collector over HTTP. `spans`: service's name, span's name and trace. `of_tasks`: the
+    span's name and trace by the task that it names.
+    """
 
     url: str = ""
     spans: list[tuple[str, str, str]] = field(default_factory=list)
+    of_tasks: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def take(self, body: bytes) -> None:
         request = ExportTraceServiceRequest.FromString(body)
@@ -175,6 +178,9 @@ class Collector:
                 for span in scope.spans:
                     known = named["service.name"], span.name, span.trace_id.hex()
                     self.spans.append(known)
+                    attributes = {each.key: each.value.string_value for each in span.attributes}
+                    if (task := attributes.get("darkroom.task.id")) is not None:
+                        self.of_tasks.setdefault(task, []).append(known[1:])
 
 
 @pytest.fixture
