@@ -64,9 +64,13 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
         for setting in (*settings, "foreign_keys=ON", "cache_size=-16384"):
             connection.execute(f"PRAGMA {setting}")
 
-    @event.listens_for(engine, "begin")
-    def immediate(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+    # Without a transaction around them, the statements of a query see a snapshot each, as they do
+    # on PostgreSQL.
+    if not readonly:
+
+        @event.listens_for(engine, "begin")
+        def immediate(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy import select, tuple_
+from sqlalchemy import CompoundSelect, select, tuple_
 
 from service.db.tables import tasks
 from service.db.transaction import Transaction
@@ -25,7 +25,7 @@ from service.resources import Resources
 from service.signing import canonical_json, new_secret
 from service.strict_json import JSON, off_loop
 from service.tasks import task_queries
-from service.tasks.budgets import BudgetCheck, BudgetRefusal, over_budget
+from service.tasks.budgets import BudgetCheck, BudgetRefusal, has_budget, over_budget
 from service.tasks.fair_queue import FairQueue
 from service.tasks.files import NamedInput
 from service.tasks.ledger import entered
@@ -258,8 +258,10 @@ def insert_tasks(
     """Inserts tasks as `queued`, and reserves their estimates. A second run after a lost commit,
     and a key that exists, find the first row.
     """
-    check = BudgetCheck(tx, (item.owner for item in items), unpriced=unpriced)  # locks first
-    existing, queue = _existing(tx, items), FairQueue(tx)
+    owners, rows = {item.owner for item in items}, _earlier(items)
+    limited, known = (queue := FairQueue(tx, owners, (has_budget(owners), rows.exists()))).found
+    check = BudgetCheck(tx, owners if limited else (), unpriced=unpriced)  # locks first
+    existing = _existing(tx, rows) if known else {}
     results = []
     for item in items:
         key = (item.owner, item.idempotency_key)
@@ -282,16 +284,17 @@ def insert_tasks(
 insert_also_unpriced = partial(insert_tasks, unpriced=True)
 
 
-def _existing(tx: Transaction, items: Sequence[TaskRow]) -> dict[Any, Inserted]:
-    """Rows of these tasks by id, and earlier rows by owner and idempotency key."""
+def _earlier(items: Sequence[TaskRow]) -> CompoundSelect[Any]:
+    """The rows of these tasks, and earlier rows by owner and idempotency key."""
     columns = select(tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
-    ids = [item.id for item in items]
     keys = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
+    same = tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(keys)
+    mine = columns.where(tasks.c.id.in_([item.id for item in items]))
+    return mine.union_all(columns.where(same)) if keys else mine.union_all()
+
+
+def _existing(tx: Transaction, rows: CompoundSelect[Any]) -> dict[Any, Inserted]:
     existing: dict[Any, Inserted] = {}
-    for row in tx.connection.execute(columns.where(tasks.c.id.in_(ids))):
-        existing[row.id] = Inserted(row.id, True, row.idempotency_hash)
-    if keys:
-        same = tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(keys)
-        for row in tx.connection.execute(columns.where(same)):
-            existing[row.owner, row.idempotency_key] = Inserted(row.id, False, row.idempotency_hash)
+    for id, owner, key, digest in tx.connection.execute(rows):
+        existing[id], existing[owner, key] = Inserted(id, True, digest), Inserted(id, False, digest)
     return existing

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from service.credits import credits_number, credits_text
 from service.db.money_tables import budgets, ledger
@@ -134,6 +134,11 @@ def set_budgets(tx: Transaction, items: Sequence[Budget]) -> list[BudgetState]:
     return [state_of(tx.connection, item, tx.now) for item in items]
 
 
+def has_budget(owners: Iterable[str]) -> ColumnElement[bool]:
+    """Whether one of these owners has a budget."""
+    return select(budgets.c.owner).where(budgets.c.owner.in_(owners)).exists()
+
+
 class BudgetCheck:
     """The budgets of these owners, locked until the transaction ends. `unpriced`: tasks without a
     price are allowed as long as something is left.
@@ -141,11 +146,11 @@ class BudgetCheck:
 
     def __init__(self, tx: Transaction, owners: Iterable[str], *, unpriced: bool) -> None:
         self._tx, self._unpriced = tx, unpriced
-        statement = select(budgets).where(budgets.c.owner.in_(set(owners)))
-        locked = statement.order_by(budgets.c.owner).with_for_update()
-        rows: Mapping[str, Row] = {
-            row["owner"]: row for row in tx.connection.execute(locked).mappings().all()
-        }
+        rows: Mapping[str, Row] = {}
+        if names := set(owners):
+            statement = select(budgets).where(budgets.c.owner.in_(names))
+            locked = statement.order_by(budgets.c.owner).with_for_update()
+            rows = {row["owner"]: row for row in tx.connection.execute(locked).mappings().all()}
         # A statement after the lock sees what the transaction before it has reserved.
         self._states = {
             owner: state_of(tx.connection, budget_of(row), tx.now) for owner, row in rows.items()

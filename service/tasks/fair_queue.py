@@ -6,7 +6,11 @@ tasks and an owner with one are therefore served alternately, and an owner witho
 saves no turns up.
 """
 
-from sqlalchemy import ColumnElement, func, or_, select
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, bindparam, func, or_, select, union_all
 
 from service.db.tables import tasks
 from service.db.transaction import Transaction
@@ -19,34 +23,48 @@ untried = tasks.c.submit_attempts == 0  # a task that is sent again keeps an old
 
 
 class FairQueue:
-    """Gives turns to the tasks of one transaction. `behind` means that other tasks are due, so that
-    none of these may be sent before them.
+    """Gives turns to the tasks that these owners have in one transaction.
+
+    `behind` means that other tasks are due, so that none of these may be sent before them. The one
+    statement also reads the `more` columns of the caller, whose values are in `found`.
     """
 
-    def __init__(self, tx: Transaction) -> None:
-        self._connection = tx.connection
-        free = or_(lease.is_(None), lease <= tx.now)
-        ready = select(turn).where(due <= tx.now, free).order_by(turn).limit(1)
-        looks = ready.where(unsent, untried).scalar_subquery(), ready.scalar_subquery()
-        first, any_ready = self._connection.execute(select(*looks)).one()
-        self.behind = any_ready is not None
-        self._reached: int = self._idle(free) if first is None else first
-        self._last: dict[str, int] = {}
-
-    def _idle(self, free: ColumnElement[bool]) -> int:
-        """The turn that the queue has reached while no new task is due: the last turn under a
-        lease, or, if it is later, the highest of the owners' first waiting turns.
-        """
-        leased, first = func.max(turn).filter(~free), func.min(turn).filter(free)
-        rows = self._connection.execute(
-            select(leased, first).where(waits, unsent).group_by(tasks.c.owner)
-        )
-        return max((value for row in rows for value in row if value is not None), default=0)
+    def __init__(
+        self, tx: Transaction, owners: Iterable[str], more: Iterable[ColumnElement[Any]] = ()
+    ) -> None:
+        names = sorted(set(owners))
+        bound = {f"taker_{number}": name for number, name in enumerate(names)}
+        statement = _turns(len(names)).add_columns(*more)
+        row = tx.connection.execute(statement, {"now": tx.now, **bound}).one()
+        self.behind: bool = row[0] is not None
+        self._reached: int = row[1] or 0
+        self._last: dict[str, int | None] = dict(zip(names, row[2:], strict=False))
+        self.found = row[2 + len(names) :]
 
     def next_turn(self, owner: str) -> int:
-        if owner not in self._last:
-            own = select(turn).where(tasks.c.owner == owner, waits, unsent)
-            last = self._connection.scalar(own.order_by(turn.desc()).limit(1))
-            self._last[owner] = max(self._reached - 1, self._reached - 1 if last is None else last)
-        self._last[owner] += 1
-        return self._last[owner]
+        last, earliest = self._last[owner], self._reached - 1
+        self._last[owner] = number = 1 + (earliest if last is None else max(earliest, last))
+        return number
+
+
+@cache
+def _turns(owners: int) -> Select[Any]:
+    """Any turn that is due, the turn that the queue has reached, and the last turn of each owner's
+    waiting tasks.
+
+    The queue has reached the first turn that is due. While no new task is due, it is the last turn
+    under a lease, or, if it is later, the highest of the owners' first waiting turns.
+    """
+    free = or_(lease.is_(None), lease <= bindparam("now"))
+    ready = select(turn).where(due <= bindparam("now"), free).order_by(turn).limit(1)
+    waiting = select(func.max(turn).label("turn")).where(waits, unsent, ~free)
+    first = select(func.min(turn)).where(waits, unsent, free).group_by(tasks.c.owner)
+    idle = union_all(waiting, first).subquery()
+    latest = select(func.max(idle.c.turn)).scalar_subquery()
+    reached = func.coalesce(ready.where(unsent, untried).scalar_subquery(), latest)
+    own = select(turn).where(waits, unsent).order_by(turn.desc()).limit(1)
+    last = (
+        own.where(tasks.c.owner == bindparam(f"taker_{number}")).scalar_subquery()
+        for number in range(owners)
+    )
+    return select(ready.scalar_subquery(), reached, *last)

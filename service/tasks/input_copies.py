@@ -195,8 +195,9 @@ class InputFailure:
 
 def record_input_failures(tx: Transaction, items: Sequence[InputFailure]) -> list[None]:
     """Fails tasks that were not submitted, or makes them due again."""
-    queue = cache(lambda: FairQueue(tx))
-    for item, row in lock_leased(tx, items):
+    found = list(lock_leased(tx, items))
+    queue = cache(lambda: FairQueue(tx, (row.owner for _, row in found if row)))
+    for item, row in found:
         if row is None:
             continue
         values: dict[str, Any] = {"submit_outcomes": row.submit_outcomes + 1}

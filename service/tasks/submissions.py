@@ -107,7 +107,8 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
     An acceptance counts even if the lease has ended since, and so do results. Any other outcome
     counts under the lease, or while the task is uncertain.
     """
-    rows, queue = lock(tx, _concerned(items)), cache(lambda: FairQueue(tx))
+    rows = lock(tx, _concerned(items))
+    queue = cache(lambda: FairQueue(tx, (row.owner for row in rows.values())))
     states = []
     for item in items:
         row = rows[item.lease.key]
