@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +17,10 @@ from PIL import Image
 
 from service.net.service_client import usual_trust
 from service.ops.logging import configure
+from service.signing import Keyring
 from tests.bytecode import compile_share
-from tests.checked_lines import WRONG, CheckedOutput
+from tests.checked_lines import LATE, CheckedOutput, check_text, finish, found
+from tests.known_secrets import know
 from tests.s3 import s3_running, with_bucket
 from tests.servers import (
     missing,
@@ -78,8 +80,27 @@ def _log_lines() -> None:
 def _checked_lines() -> Iterator[None]:
     """A line that the schema does not allow, or with a secret, fails the test that caused it."""
     yield
-    wrong, WRONG[:] = WRONG[:], []
+    wrong = found()
     assert not wrong, wrong
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _known_secrets() -> Iterator[None]:
+    """No line may have what the services of this process encrypt, or a callback's token."""
+    encrypt, token = Keyring.encrypt, Keyring.callback_token
+
+    def encrypted(self: Keyring, text: str) -> bytes:
+        know(text)
+        return encrypt(self, text)
+
+    def made(self: Keyring, upstream: str, task_id: str) -> str:
+        know(text := token(self, upstream, task_id))
+        return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keyring, "encrypt", encrypted)
+        patch.setattr(Keyring, "callback_token", made)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -189,6 +210,28 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Checks what processes wrote to the standard error that they have of the tests."""
+    report = yield
+    if call.when == "teardown":
+        for name, text in report.sections:
+            if "stderr" in name:
+                check_text(text)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    finish(session.config, session)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    LATE.extend(getattr(node, "workeroutput", {}).get("late", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for wrong in LATE:
+        terminalreporter.write_line(f"after the last test: {wrong}", red=True)
     for server, count in sorted(missing_counted(terminalreporter.stats.get("skipped", [])).items()):
         terminalreporter.write_line(f"{count} tests skipped for want of a server: {server}")

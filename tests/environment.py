@@ -6,12 +6,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.known_secrets import know_settings
+
 ROOT = Path(__file__).parents[1]
 START_S, STOP_S = 60, 60
 
 
 def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without Darkroom's settings. PYTHONPATH is the checkout."""
+    """This process's environment without Darkroom's settings. PYTHONPATH is the checkout. From now
+    on no output may have the secrets that are given.
+    """
+    know_settings(given)
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.environment import STOP_S, clean_environment
+from tests.known_secrets import SHOWING, watch
 
 LOG = "service.log"
 # What the commands and the consumers of the tests import, at their start or later. The forks share
@@ -92,6 +93,8 @@ class Launcher:
             "prelude": prelude,
             "stdin": stdin,
         }
+        if SHOWING.isdisjoint(arguments):
+            watch(stdout, stderr)
         pid: int = self.ask(start=request)
         self.started.append(pid)
         return pid

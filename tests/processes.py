@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
-from tests.checked_lines import check_line, check_text
+from tests.checked_lines import check_command, check_line, check_text
 from tests.environment import START_S, STOP_S, clean_environment
+from tests.known_secrets import know
 from tests.launcher import Forked, shared_launcher
 
 ADMIN_KEY = "admin-key-of-the-tests"
@@ -51,10 +52,9 @@ def darkroom(
             code = process.wait(STOP_S)
         finally:
             process.kill()
-        check_text(out.read_text())
-        return subprocess.CompletedProcess(
-            ["darkroom", *arguments], code, out.read_text(), err.read_text()
-        )
+        done = ["darkroom", *arguments], code, out.read_text(), err.read_text()
+        check_command(arguments, *done[2:])
+        return subprocess.CompletedProcess(*done)
 
 
 class Running:
@@ -66,6 +66,7 @@ class Running:
         self, *arguments: str, folder: Path, before: Sequence[str] = (), **environment: str
     ) -> None:
         self.lines: list[str] = []
+        self._folder = folder
         self._events: dict[Any, list[dict[str, Any]]] = {}
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
@@ -105,9 +106,16 @@ class Running:
             self.lines.append(line.rstrip("\n"))
             check_line(line)
             if "address" in said and said.get("event") == event:
+                self._know_key()
                 self.announcement = said
                 self._told.set()
         self._told.set()
+
+    def _know_key(self) -> None:
+        """The key that the service made at its start."""
+        if (file := self._folder / "data" / "secret.key").exists():
+            know(file.read_text())
+            check_text("\n".join(self.lines[:-1]))
 
     @property
     def address(self) -> str:

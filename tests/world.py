@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import standardwebhooks
+from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +29,7 @@ from service.settings import Settings, load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web.context import Context
 from service.web.server import Server, bind, listening
+from tests.known_secrets import know
 from tests.waiting import wait_until
 
 LOOPBACK = "127.0.0.0/8"
@@ -242,6 +244,7 @@ async def world(
             None,
             **{name: value for name, value in (usual | settings).items() if value is not None},
         )
+        know(*(v.get_secret_value() for _, v in made if isinstance(v, SecretStr)))
         place_store(made)
         role = role or Role()
         context = await stack.enter_async_context(running(made, role))

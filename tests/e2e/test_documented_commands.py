@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.checked_lines import check_command
 from tests.docs.pages import FENCE, commands
 from tests.docs.render import DOCS, README
 from tests.docs.run_elsewhere import RUN_ELSEWHERE
 from tests.environment import clean_environment
 from tests.inputs import photo
+from tests.known_secrets import SHOWING, watch
 from tests.processes import UPSTREAM_KEY, sandbox, service_settings
 from tests.servers import free_port, missing
 from tests.terminals import COMMAND_S, quick_program
@@ -87,6 +89,8 @@ class Shell:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         self.output = done.stdout
+        program, *words = command.split()
+        check_command(words if program == "darkroom" else list(SHOWING), done.stdout, done.stderr)
         for word, pattern in SHOWN.items():
             if found := pattern.findall(done.stdout):
                 self.words[word] = found[-1]
@@ -102,7 +106,9 @@ class Shell:
         pytest.fail(f"{command} does not listen: {self.log(port)}")
 
     def _start(self, command: str, port: int) -> None:
-        with (self.folder / f"{port}.log").open("ab") as log:
+        file = self.folder / f"{port}.log"
+        watch(str(file))
+        with file.open("ab") as log:
             self._servers[port] = subprocess.Popen(
                 self._script(command),
                 cwd=self.folder,
