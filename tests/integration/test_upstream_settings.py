@@ -276,8 +276,12 @@ async def test_what_operators_hear_waits_for_a_store_that_does_not_commit(
         api.credits = api.submits = error(401, "unauthorized")
         await shared.client.get("/v1/credits")
         assert shared.context.breaker.changed.is_set()
-    await announced(shared)
-    assert [name for name, _, _ in (await account_events(shared))[before:]] == ["account.refused"]
+
+    async def told() -> bool:
+        names = [name for name, _, _ in (await account_events(shared))[before:]]
+        return names == ["account.refused"]
+
+    await wait_until(told)
 
 
 async def test_a_key_that_is_revoked_later_is_found_by_a_query(tmp_path: Path) -> None:
