@@ -5,7 +5,7 @@ retry is due now. A delivered one is sent again. The pages go by the time of cre
 start of the replay, so that a replay ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,12 @@ from service.db import paging
 from service.db.paging import Row
 from service.db.tables import deliveries, events
 from service.db.transaction import Transaction
-from service.events.endpoints import lock_endpoint
+from service.events.endpoint_options import order_keys
+from service.events.endpoints import EndpointRow, lock_endpoint
 from service.events.failures import supersede
 
 MOST = 100_000  # deliveries of one replay
-NAMES = (
-    *("id", "event_id", "endpoint_id", "task_id", "owner", "created_at", "state"),
-    *("order_key", "sequence"),
-)
+NAMES = ("id", "event_id", "endpoint_id", "task_id", "owner", "created_at", "state")
 columns = deliveries.c
 
 
@@ -99,15 +97,16 @@ def record_selected(tx: Transaction, replay: Row, found: Sequence[Row]) -> int:
     forward = [row["id"] for row in reachable if row["state"] == "pending"]
     _bring_forward(tx, replay, forward)
     kept = {row["event_id"] for row in reachable}
-    there = select(events.c.id).where(events.c.id.in_(kept)).with_for_update()
-    there_ids = set(tx.connection.execute(there).scalars())
+    there = select(events.c.id, events.c.sequence).where(events.c.id.in_(kept)).with_for_update()
+    sequences = {event.id: event.sequence for event in tx.connection.execute(there)}
     done = _on_their_way(tx, replay, kept)
     rows = []
     for row in reachable:
         key = row["event_id"], row["endpoint_id"]
-        if row["state"] != "pending" and row["event_id"] in there_ids and key not in done:
+        if row["state"] != "pending" and row["event_id"] in sequences and key not in done:
             done.add(key)
             rows.append(_new_row(tx, replay, row))
+    _put_in_order(tx, rows, rows_of, sequences)
     if rows:
         supersede(tx, rows)
         tx.connection.execute(insert(deliveries), rows)
@@ -137,9 +136,28 @@ def _on_their_way(tx: Transaction, replay: Row, event_ids: set[str]) -> set[tupl
     return {(row.event_id, row.endpoint_id) for row in found}
 
 
+def _put_in_order(
+    tx: Transaction,
+    rows: list[dict[str, Any]],
+    endpoints: Mapping[str, EndpointRow | None],
+    sequences: Mapping[str, int],
+) -> None:
+    """Gives new deliveries the keys of their endpoints' present options. A key of former options
+    would let them pass by the events of their task or value that wait now.
+    """
+    for id, endpoint in endpoints.items():
+        mine = [row for row in rows if row["endpoint_id"] == id]
+        options = endpoint.options if endpoint is not None else None
+        keys = order_keys(tx, options, [row["event_id"] for row in mine])
+        for row in mine:
+            if row["event_id"] in keys:
+                row["order_key"] = keys[row["event_id"]]
+                row["sequence"] = sequences[row["event_id"]]
+
+
 def _new_row(tx: Transaction, replay: Row, row: Row) -> dict[str, Any]:
-    names = ("owner", "endpoint_id", "event_id", "task_id", "order_key", "sequence")
-    copied = {name: row[name] for name in names}
+    names = ("owner", "endpoint_id", "event_id", "task_id")
+    copied = {name: row[name] for name in names} | {"order_key": None, "sequence": None}
     zero = dict.fromkeys(("attempts", "fence", "deaths", "faults"), 0)
     times = {"created_at": tx.now, "due_at": tx.now}
     more = {"id": tx.id("delivery"), "state": "pending", "replay_id": replay["id"]}

@@ -163,6 +163,46 @@ async def test_a_receiver_takes_what_a_tasks_own_callback_url_gets(
         assert program.taken == [terminal["id"]]
 
 
+async def test_a_receiver_verifies_by_the_public_key_alone(here: World, tmp_path: Path) -> None:
+    """It has no secret. What another endpoint was sent, and what is old or changed, is refused."""
+    written(tmp_path)
+    port = free_port()
+    async with here.owner() as client, httpx.AsyncClient(trust_env=False) as anybody:
+        url = f"http://127.0.0.1:{port}/hooks"
+        made, other = [
+            got(await client.post("/v1/endpoints", json={"url": url, "types": [name]}), 201)
+            for name in ("image.task.completed", "task.parked")
+        ]
+        settings = {"DARKROOM_URL": here.url, "ENDPOINT": made["id"]}
+        with running(tmp_path, "with_public_key.py", settings, port) as program:
+            await listening(port)
+            task = await submitted(client, UNTIL_DONE)
+            (sent,) = await told(client, task)
+            assert program.taken == [sent["event"]]
+            keyring, body, now = here.context.resources.keyring, b"{}", int(time.time())
+
+            def openly(endpoint: str, at: int) -> dict[str, str]:
+                signature = keyring.sign_openly(endpoint, "evt_more", at, body)
+                return signed(made["secret"], body, at, "evt_more") | {
+                    "webhook-signature": f"v1,AAAA {signature}"
+                }
+
+            right = openly(made["id"], now)
+            wrong = forgeries(made["secret"]) | {
+                "signed with the secret": (body, signed(made["secret"], body, now)),
+                "sent to another endpoint": (body, openly(other["id"], now)),
+                "signed long ago": (body, openly(made["id"], now - OLD_S)),
+                "changed": (b"{ }", right),
+                "under another id": (body, {**right, "webhook-id": "evt_other"}),
+            }
+            for name, (content, headers) in wrong.items():
+                wire = [(key.encode(), value.encode()) for key, value in headers.items()]
+                answer = await anybody.post(url, content=content, headers=wire)
+                assert answer.status_code == 401, name
+            assert (await anybody.post(url, content=body, headers=right)).status_code == 204
+        assert program.taken == [sent["event"], "evt_more"]
+
+
 @pytest.mark.parametrize("reader", READERS)
 async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader: str) -> None:
     """The first run reads from the beginning, each event once and in sequence, with any text. After
@@ -211,7 +251,7 @@ def test_the_document_has_no_program_that_is_not_run(tmp_path: Path) -> None:
     written(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         # test_killed.py runs the first program
-        *RECEIVERS, *READERS, "from_nats.py", "inbox.py", "inbox.mjs",
+        *RECEIVERS, *READERS, "with_public_key.py", "from_nats.py", "inbox.py", "inbox.mjs",
         "darkroom.py", "node_modules",
     }  # fmt: skip
     assert json.loads((Path(__file__).parent / "package.json").read_text())["private"] is True
