@@ -184,7 +184,7 @@ class BatchingStore(ABC):
         if workers:
             workers.take([lease for tx in batch.committed for lease in tx.leased], batch.slots)
         for tx in batch.committed:
-            self.signals.notify(tx.touched)
+            self.signals.notify(tx.touched, tx.touched)
             self.signals.notify(["events"] if tx.emitted else [])
             if workers:
                 with suppress(Exception):  # the commit stands, and the next batch must not wait

@@ -32,6 +32,8 @@ COMMITTERS = 3
 READERS = 5
 HINT_BYTES = 7999  # PostgreSQL's limit of a notification
 WATCH_AGAIN_S = 1.0
+# The database's clock is read again after this, and at once if its answer took longer than SLOW_NS.
+FRESH_NS, SLOW_NS = 1_000_000_000, 100_000_000
 STALLED_MS = 10_000
 STALLED_LOOK_S = 5.0
 SESSION = {
@@ -85,11 +87,16 @@ class PostgresStore(BatchingStore):
         self._queries = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._clock = clock  # of the database's time; a test shifts it
         self._looked = (wall_clock(), steady_ns())  # the database's time, and when it was read
+        self._fresh_until = 0
         self._places = FairPlaces(READERS)  # slow reads leave the committers connections
 
     def now(self, connection: Connection) -> int:
-        self._looked = (connection.execute(NOW).scalar_one(), steady_ns())
-        return self._clock(self._looked[0])
+        """The database's time. For a second after it was read, it costs no round trip."""
+        if (asked := steady_ns()) >= self._fresh_until:
+            time = connection.execute(NOW).scalar_one()
+            self._looked = (time, steady_ns())
+            self._fresh_until = asked + FRESH_NS if self._looked[1] - asked < SLOW_NS else 0
+        return self.clock()
 
     def clock(self) -> int:
         time, when = self._looked

@@ -27,18 +27,24 @@ class Workers(Protocol):
         """Stages may have due work. None: any stage may."""
 
 
+class Signal(asyncio.Event):
+    """`record`: what a commit of this process made of the task. None: it has to be read."""
+
+    record: object = None
+
+
 class Signals:
     """Wakes the coroutines of this process that wait for a task or for the outbox. A signal is a
     hint and never a promise.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._waiting: dict[str, set[Signal]] = {}
         self.stopping = False
 
     @contextmanager
-    def listen(self, key: str) -> Iterator[asyncio.Event]:
-        event = asyncio.Event()
+    def listen(self, key: str) -> Iterator[Signal]:
+        event = Signal()
         self._waiting.setdefault(key, set()).add(event)
         try:
             yield event
@@ -47,9 +53,10 @@ class Signals:
             if not self._waiting[key]:
                 del self._waiting[key]
 
-    def notify(self, keys: Iterable[str]) -> None:
+    def notify(self, keys: Iterable[str], records: Mapping[str, object] | None = None) -> None:
         for key in keys:
             for event in self._waiting.get(key, ()):
+                event.record = (records or {}).get(key)
                 event.set()
 
     def stop(self) -> None:

@@ -55,7 +55,8 @@ class Transaction:
     `shares` are the slots in use by each owner, for the stages whose slots owners share.
 
     The committer reads the other fields after the commit: `leased` rows for its workers, events,
-    the ids of `touched` tasks for waiting requests, and stages with `due` work.
+    the `touched` tasks for waiting requests (by id, with the record as it is now if it is known),
+    and stages with `due` work.
     """
 
     connection: Connection
@@ -67,7 +68,7 @@ class Transaction:
     leased: list[Lease] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
     steps: list[JSON] = field(default_factory=list)
-    touched: set[str] = field(default_factory=set)
+    touched: dict[str, object] = field(default_factory=dict)
     due: set[str] = field(default_factory=set)
     costs: set[str] = field(default_factory=set)  # tasks with a cost that this transaction changed
     posted: list[JSON] = field(default_factory=list)  # entries of the ledger

@@ -88,7 +88,7 @@ def change_pause(tx: Transaction, item: PauseChange) -> tuple[Pause, bool]:
     after = Pause(tx.now if since is None else since, item.reason, item.key_id)
     if not item.paused:
         after = Pause()
-    tx.touched.add(SUBMISSION)  # hints to every process
+    tx.touched[SUBMISSION] = None  # hints to every process
     values = {"paused_at": after.paused_at, "reason": after.reason, "key_id": after.key_id}
     tx.connection.execute(update(pauses).where(pauses.c.name == SUBMISSION).values(values))
     changed = (since is None) == item.paused

@@ -74,7 +74,7 @@ def _start(tx: Transaction, row: TaskRow, item: SubmissionStart, pause: Pause) -
         awaited = row.id in tx.touched
         move(tx, row, State.SUBMITTING)
         if not awaited:
-            tx.touched.discard(row.id)  # no request waits for this
+            del tx.touched[row.id]  # no request waits for this
     elif row.state is not State.SUBMITTING:
         return False
     # Otherwise this start runs a second time, because its commit got no answer.

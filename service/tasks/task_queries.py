@@ -52,8 +52,12 @@ def task(connection: Connection, task_id: str, owner: str | None) -> Task | None
     row = task_row(connection, task_id, owner)
     if row is None:
         return None
-    confirmed = row.settled_digest is not None or row.incomplete_since is not None
-    return row, stored_images(connection, [row.id]).get(row.id, []) if confirmed else []
+    return row, stored_images(connection, [row.id]).get(row.id, []) if has_images(row) else []
+
+
+def has_images(row: TaskRow) -> bool:
+    """Whether a query has confirmed results, so that the task may show images."""
+    return row.settled_digest is not None or row.incomplete_since is not None
 
 
 def task_list(

@@ -56,7 +56,7 @@ def change(tx: Transaction, row: TaskRow | ImageRow, **values: Any) -> None:
         setattr(row, name, value)
     if isinstance(row, TaskRow):
         tx.change(tasks, row.id, values)
-        tx.touched.add(row.id)
+        tx.touched[row.id] = row
         if cost(row) != before:
             tx.costs.add(row.id)
     else:

@@ -130,7 +130,7 @@ def _strip(tx: Transaction, row: Row) -> None:
         "erased_at": row["erased_at"] or tx.now,
     }
     tx.change(tasks, row["id"], values)
-    tx.touched.add(row["id"])
+    tx.touched[row["id"]] = None
 
 
 def bare_error(error: JSON | None) -> JSON | None:

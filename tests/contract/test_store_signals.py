@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from sqlalchemy import text
 
 from service.db import postgres
 from service.db.signals import Signals
@@ -101,8 +102,9 @@ async def test_a_hint_that_would_be_too_long_names_no_key(two: tuple[Subject, Su
     other.places.hints.clear()
 
     def touch(tx: Transaction, lists: Sequence[Sequence[str]]) -> list[None]:
+        tx.connection.execute(text("SELECT 1"))  # a transaction begins with its first statement
         for ids in lists:
-            tx.touched.update(ids)
+            tx.touched |= dict.fromkeys(ids)
         return [None] * len(lists)
 
     await one.write(touch, tasks)

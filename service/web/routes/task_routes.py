@@ -91,7 +91,12 @@ async def submit(request: Request) -> Response:
     share = waits.take(caller.owner, caller.key) if wait_s else nullcontext()
     with share, context.shedder.idle():
         row, images = await wait_for(
-            context.resources, task_id, done, wait_s, request.is_disconnected
+            context.resources,
+            task_id,
+            done,
+            wait_s,
+            request.is_disconnected,
+            new=wait_s > 0 and not replayed,
         )
     bind_contextvars(**row.origin.ids)
     if row.refusal_status is None:
