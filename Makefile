@@ -8,6 +8,7 @@ UV ?= uv
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
   --no-strip-extras --no-emit-index-url --no-header --no-annotate $(ARGS)
 EXTRAS := --extra brokers --extra postgres --extra limits --extra otel --extra s3
+PEERS := tests/bench/peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # pip installs a lock without resolving it, so it does not notice what a lock lacks.
 COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \
@@ -26,7 +27,7 @@ STARTED := service/images/validator_child.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev quick test check coverage bench chaos screenshots pictures lock sbom clean
+.PHONY: help setup demo dev quick test check coverage bench bench-peers chaos screenshots pictures lock sbom clean
 
 help:
 	@echo "make demo      show it at work: an upstream, the service and a subscriber on this machine"
@@ -36,6 +37,7 @@ help:
 	@echo "make check     run what CI runs: lint, types, import rules, all tests"
 	@echo "make coverage  run all tests and ask for coverage: 95 % of all, 99 % of the steps"
 	@echo "make bench     measure, and print the tables of the benchmarks"
+	@echo "make bench-peers  the same for programs on Celery, arq and DBOS, which it installs"
 	@echo "make chaos     kill and pause processes under load, and look for what is lost or doubled"
 	@echo "make screenshots  take the pictures of docs/console.md with Chromium"
 	@echo "make setup     create .venv and nothing else"
@@ -58,6 +60,9 @@ test: $(VENV)/.dev $(VENV)/.node
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench
+
+bench-peers: $(VENV)/.dev $(VENV)/.peers
+	@$(BIN)/python -m tests.bench.peers $(ARGS)
 
 chaos: $(VENV)/.dev
 	@$(BIN)/python -m tests.crash.chaos $(ARGS)
@@ -92,6 +97,7 @@ lock:
 	$(COMPILE) $(EXTRAS) pyproject.toml --group dev --constraint requirements.lock \
 	  --output-file requirements-dev.lock
 	$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
+	$(COMPILE) $(PEERS)/requirements.in --output-file $(PEERS)/requirements.lock
 
 clean:
 	rm -rf $(VENV) sbom.json demo-data .coverage .coverage.* htmlcov .hypothesis
@@ -131,6 +137,14 @@ $(VENV)/.node: tests/consumers/package.json tests/consumers/package-lock.json | 
 	  mkdir -p $(VENV)/node && cp $(filter %.json,$^) $(VENV)/node \
 	  && npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund --silent && touch $@ \
 	  || echo "npm ci failed: tests of JavaScript consumers are skipped" >&2
+
+# Programs to compare with, in an environment of their own.
+$(VENV)/.peers: $(PEERS)/requirements.lock | $(VENV)/.run
+	@echo "installing the packages of $(PEERS)/requirements.lock into $(VENV)/peers ..."
+	@$(PYTHON) -m venv --clear $(VENV)/peers
+	@$(VENV)/peers/bin/python -m pip --disable-pip-version-check --quiet \
+	  install --no-deps --require-hashes -r $<
+	@touch $@
 
 $(VENV)/.pictures: requirements.lock $(VENV)/.dev
 	@echo "fetching Pillow's test images into $(VENV)/pictures ..."

@@ -98,7 +98,7 @@ async def load(
     address: str, requests: Iterator[bytes], connections: int, warm_up: float, seconds: float
 ) -> dict[str, float]:
     """Answers a second, and their p50 and p99 in seconds, measured after `warm_up`. `wrong` counts
-    the answers that accepted nothing.
+    the answers that accepted nothing. `started` is a time of the machine's monotonic clock.
     """
     host, _, port = address.removeprefix("http://").partition(":")
     run = Run(requests, warm_up + seconds)
@@ -115,6 +115,7 @@ async def load(
     return {
         "count": len(run.answered),
         "wrong": run.wrong,
+        "started": run.started,
         "rate": rate,
         "p50": percentile(took, 0.5),
         "p99": percentile(took, 0.99),

@@ -1,15 +1,22 @@
 """The benchmarks run and print their tables. The tests do not judge the figures."""
 
+import json
+import os
 import re
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import standardwebhooks
 
 from tests.bench.__main__ import written
 from tests.bench.acknowledgement import spread
 from tests.bench.dead_endpoint import turns
 from tests.bench.delivery import covered
+from tests.bench.peers import contenders
+from tests.bench.peers.kills import judged
 from tests.environment import run_module
 
 
@@ -65,6 +72,61 @@ def test_the_benchmark_of_memory_runs() -> None:
     done = run_module("tests.bench.memory", "--callbacks", "500", limit_s=150)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+(, \d+){10}", done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(180)
+def test_the_comparison_with_peers_runs(tmp_path: Path) -> None:
+    """Both tables have a row for each contender. Their packages take 45 s to install, so CI does
+    without.
+    """
+    if "DARKROOM_TEST_PEERS" not in os.environ:
+        pytest.skip("DARKROOM_TEST_PEERS is not set, and the peers' packages are 180 MB")
+    arguments = ("--quick", "--only", "arq", "--folder", str(tmp_path))
+    done = run_module("tests.bench.peers", *arguments, limit_s=150)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\| [^|]*arq[^|]* \|( [\d.]+ \|){4} ", done.stdout, re.MULTILINE)) == 2
+    assert re.search(r"^\| [^|]*arq[^|]* \|( \d+ \|){6} ", done.stdout, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peer_whose_packages_are_missing_is_skipped_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The line names the command that installs them. Darkroom itself is never missing."""
+    monkeypatch.setattr(contenders, "PYTHON", tmp_path / "python")
+    lines = [contenders.missing(each) for each in contenders.CONTENDERS]
+    assert lines[0] is None
+    assert all(line is not None and "skipped, `make bench-peers`" in line for line in lines[1:])
+
+
+def test_the_verdict_on_killed_peers_counts_what_clients_and_the_upstream_saw() -> None:
+    """An event that came twice under one id is not doubled. A task whose callback was answered is
+    lost without an event, and with one that says that it failed.
+    """
+    secret = contenders.SECRET
+
+    def event(at: float, id: str, subject: str, type: str = "image.task.completed") -> list[Any]:
+        body, now = json.dumps({"type": type, "subject": subject}), datetime.now(UTC)
+        signature = standardwebhooks.Webhook(secret).sign(id, now, body)
+        headers = {"webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
+        return [at, {"webhook-id": id, **headers}, body]
+
+    events = [
+        event(3.0, "m1", "again"),
+        event(4.0, "m1", "again"),
+        event(3.5, "m2", "doubled"),
+        event(3.6, "m3", "doubled"),
+        event(5.0, "m4", "uncertain", "image.task.failed"),
+        event(5.0, "m5", "proved", "image.task.failed"),
+    ]
+    names = ("again", "doubled", "uncertain", "proved", "silent", "uncalled")
+    orders = {name: [[f"up-{name}", "url", 1.0]] for name in names if name != "uncertain"}
+    orders["again"].append(["up-second", "url", 2.0])
+    seen = {"events": events, "orders": orders, "taken": ["up-again", "up-proved", "up-silent"]}
+    verdict = judged(secret, {name: name for name in names}, seen)
+    assert (verdict.lost, verdict.uncalled) == (3, 1)  # proved, silent and uncalled
+    assert (verdict.doubled, verdict.again, verdict.twice, verdict.uncertain) == (1, 1, 1, 1)
+    assert verdict.waits[:2] == [2.0, 2.5]
 
 
 def test_one_of_a_hundred_has_as_many_events_as_ten_others() -> None:

@@ -33,6 +33,7 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "make dev": "tests/integration/test_cli.py",
         "make test": IS_THE_SUITE,
         "make bench": BENCHMARKS,
+        "make bench-peers": BENCHMARKS,
         "make chaos": "tests/crash/test_chaos.py",
         ".venv/bin/python -m tests.bench.dead_endpoint": BENCHMARKS,
         ".venv/bin/python -m tests.bench.growth": "tests/integration/test_growth.py",

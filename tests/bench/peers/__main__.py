@@ -1,0 +1,101 @@
+"""`make bench-peers`: Darkroom beside programs that do the same work on Celery, arq and DBOS.
+
+The first table compares their speed in rounds that take turns. The second kills each of them while
+it works. Every contender has both cores, which the upstream and the load share with it.
+"""
+
+import argparse
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from random import SystemRandom
+
+from tests.bench.__main__ import written
+from tests.bench.peers import kills, speed
+from tests.bench.peers.contenders import CONTENDERS, Contender, missing, versions
+from tests.bench.peers.kills import Storm, Verdict, killed
+from tests.bench.peers.speed import Result, Scale, round_of
+from tests.bench.processes import CORES
+from tests.environment import ROOT
+
+PROGRAMS = sorted({contender.program for contender in CONTENDERS})
+
+
+def speeds(
+    contenders: Sequence[Contender], rounds: int, scale: Scale, folder: Path
+) -> dict[Contender, list[Result]]:
+    """Every second round goes through the contenders from the last to the first."""
+    results: dict[Contender, list[Result]] = {contender: [] for contender in contenders}
+    for number in range(rounds):
+        turn = contenders if number % 2 == 0 else contenders[::-1]
+        for place, contender in enumerate(turn):
+            made = round_of(contender, folder / f"speed-{number}-{place}", scale)
+            results[contender].append(made)
+            print(f"round {number + 1}: {contender.name}: {made.rate:.0f} a second", flush=True)
+    return results
+
+
+def storms(contenders: Sequence[Contender], storm: Storm, folder: Path) -> dict[Contender, Verdict]:
+    verdicts = {}
+    for place, contender in enumerate(contenders):
+        verdicts[contender] = killed(contender, folder / f"kills-{place}", storm)
+        print(f"killed: {contender.name}: {verdicts[contender].lost} lost", flush=True)
+    return verdicts
+
+
+def arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(
+        prog="python -m tests.bench.peers", description="Compare with peers, and print two tables."
+    )
+    options.add_argument("--rounds", type=int, default=5, help="of speed")
+    options.add_argument("--tasks", type=int, default=100, help="of one round, for each contender")
+    options.add_argument("--orders", type=int, default=500, help="that are submitted under kills")
+    options.add_argument("--kills", type=int, default=8, help="of processes, for each contender")
+    options.add_argument("--seconds", type=float, default=20, help="in which they come")
+    options.add_argument("--seed", type=int, help="of the kills; the outcome depends on timing too")
+    options.add_argument("--only", default=",".join(PROGRAMS), help="of these programs, by commas")
+    options.add_argument("--part", choices=["speed", "kills", "both"], default="both")
+    options.add_argument("--quick", action="store_true", help="only to see that it runs")
+    options.add_argument("--write", action="store_true", help="put both into docs/benchmarks.md")
+    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk")
+    asked = options.parse_args()
+    if asked.quick:
+        asked.rounds, asked.tasks, asked.orders, asked.kills, asked.seconds = 1, 20, 20, 2, 3
+    return asked
+
+
+def main() -> None:
+    asked = arguments()
+    wanted = [each for each in CONTENDERS if each.program in asked.only.split(",")]
+    problems = [problem for each in wanted if (problem := missing(each)) is not None]
+    contenders = [each for each in wanted if missing(each) is None]
+    print("\n".join(problems) or "No contender is missing.", flush=True)
+    seed = SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
+    scale = Scale(asked.tasks, steady=5 if asked.quick else 20)
+    storm = Storm(asked.orders, asked.kills, asked.seconds, seed)
+    linux = platform.release().partition("-")[0]
+    machine = f"{len(CORES)} cores, Python {platform.python_version()}, Linux {linux}, {versions()}"
+    tables = {}
+    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
+        folder = Path(name)
+        if asked.part != "kills":
+            results = speeds(contenders, asked.rounds, scale, folder)
+            about = f"`make bench-peers` on {machine}. Medians of {asked.rounds} rounds, with the"
+            tables["peers"] = f"{about} least and the most.\n\n{speed.table(results, scale)}"
+        if asked.part != "speed":
+            verdicts = storms([each for each in contenders if each.full], storm, folder)
+            tables["kills"] = kills.table(verdicts, storm)
+    print("\n\n".join(tables.values()))
+    if asked.write and (problems or asked.only != ",".join(PROGRAMS)):
+        raise SystemExit("nothing was written, because a contender is missing")
+    if asked.write:
+        page = ROOT / "docs" / "benchmarks.md"
+        text = page.read_text("utf-8")
+        for mark, table in tables.items():
+            text = written(text, table, mark)
+        page.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
