@@ -69,14 +69,14 @@ def worker(host: Host = None, port: Port = None, as_json: Json = False) -> None:
 def import_quickly(module: str) -> None:
     """Imports a module with all that it needs, in half of the time.
 
-    structlog and httpx would import rich and pygments to print with, which a service never does.
-    aiohttp would read the system's certificates twice for its own TLS contexts, and the service
-    uses its own ones. Without certificates, aiohttp's trust no server. Collections of garbage would
-    look through the modules again and again, and find none.
+    structlog and httpx would import rich and pygments to print with, and uvicorn watchfiles to
+    reload with, which a service never does. aiohttp would read the system's certificates twice for
+    its own TLS contexts, and the service uses its own ones. Without certificates, aiohttp's trust
+    no server. Collections of garbage would look through the modules again and again, and find none.
     """
     from ssl import SSLContext
 
-    hidden = {"rich", "pygments"} - sys.modules.keys()
+    hidden = {"rich", "pygments", "watchfiles"} - sys.modules.keys()
     gc.disable()
     SSLContext.set_default_verify_paths = trust_none  # type: ignore[method-assign]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: it is not there

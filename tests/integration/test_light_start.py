@@ -22,6 +22,7 @@ NEEDLESS = {
     "brokers": ("faststream", "aiokafka", "nats", "aio_pika", "redis"),
     "S3": ("obstore",),
     "the console": ("jinja2", "service.web.console.console_table"),
+    "a reload": ("watchfiles.main",),
     "a terminal": ("rich.text", "pygments.token"),
     "images": ("PIL",),
     "traces": ("opentelemetry",),
