@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import standardwebhooks
 
+from tests.bench import scaling
 from tests.bench.__main__ import written
 from tests.bench.acknowledgement import spread
 from tests.bench.dead_endpoint import turns
 from tests.bench.delivery import covered
 from tests.bench.peers import contenders
 from tests.bench.peers.kills import judged
+from tests.bench.peers.speed import Result, Scale
 from tests.environment import run_module
 
 
@@ -87,6 +89,15 @@ def test_the_comparison_with_peers_runs(tmp_path: Path) -> None:
     assert len(re.findall(r"^\| [^|]*arq[^|]* \|( [\d.]+ \|){4} ", done.stdout, re.MULTILINE)) == 2
     assert re.search(r"^\| [^|]*arq[^|]* \|( \d+ \|){6} ", done.stdout, re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_processes_has_a_row_for_each_number() -> None:
+    """With the CPU of the service and of the server apart."""
+    made = Result(rate=20, cpu=0.03, server_cpu=0.005, waits=[0.02, 0.04])
+    table = scaling.table({count: [made] for count in scaling.PROCESSES}, Scale(10, 2))
+    assert table.splitlines()[2:] == [
+        f"| {count} | 20 | 30.0 | 5.0 | 40 | 40 |" for count in (1, 2, 4)
+    ]
 
 
 def test_a_peer_whose_packages_are_missing_is_skipped_with_a_line(

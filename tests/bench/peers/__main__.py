@@ -7,6 +7,7 @@ it works. Every contender has both cores, which the upstream and the load share 
 import argparse
 import platform
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from random import SystemRandom
@@ -65,6 +66,17 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
+def about(rounds: int) -> str:
+    """The machine and the versions that the figures depend on."""
+    linux = platform.release().partition("-")[0]
+    machine = f"{len(CORES)} cores, Python {platform.python_version()}, Linux {linux}"
+    text = (
+        f"`make bench-peers` on {machine}, {versions()}. Medians of {rounds} rounds, with the"
+        " least and the most."
+    )
+    return textwrap.fill(text, 100)
+
+
 def main() -> None:
     asked = arguments()
     wanted = [each for each in CONTENDERS if each.program in asked.only.split(",")]
@@ -74,27 +86,24 @@ def main() -> None:
     seed = SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
     scale = Scale(asked.tasks, steady=5 if asked.quick else 20)
     storm = Storm(asked.orders, asked.kills, asked.seconds, seed)
-    linux = platform.release().partition("-")[0]
-    machine = f"{len(CORES)} cores, Python {platform.python_version()}, Linux {linux}, {versions()}"
-    tables = {}
+    whole = not problems and asked.only == ",".join(PROGRAMS)
+    if asked.write and not whole:
+        raise SystemExit("nothing is written, because a contender is missing")
+
+    def show(mark: str, table: str) -> None:
+        print(f"\n{table}\n", flush=True)
+        if asked.write:
+            page = ROOT / "docs" / "benchmarks.md"
+            page.write_text(written(page.read_text("utf-8"), table, mark), "utf-8")
+
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         folder = Path(name)
         if asked.part != "kills":
             results = speeds(contenders, asked.rounds, scale, folder)
-            about = f"`make bench-peers` on {machine}. Medians of {asked.rounds} rounds, with the"
-            tables["peers"] = f"{about} least and the most.\n\n{speed.table(results, scale)}"
+            show("peers", f"{about(asked.rounds)}\n\n{speed.table(results, scale)}")
         if asked.part != "speed":
             verdicts = storms([each for each in contenders if each.full], storm, folder)
-            tables["kills"] = kills.table(verdicts, storm)
-    print("\n\n".join(tables.values()))
-    if asked.write and (problems or asked.only != ",".join(PROGRAMS)):
-        raise SystemExit("nothing was written, because a contender is missing")
-    if asked.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        text = page.read_text("utf-8")
-        for mark, table in tables.items():
-            text = written(text, table, mark)
-        page.write_text(text, "utf-8")
+            show("kills", kills.table(verdicts, storm))
 
 
 if __name__ == "__main__":

@@ -156,13 +156,15 @@ class Running:
 
 @contextmanager
 def running(
-    contender: Contender, folder: Path, upstream: str, **settings: str
+    contender: Contender, folder: Path, upstream: str, workers: int = 0, **settings: str
 ) -> Iterator[Running]:
-    """Starts a contender in an empty folder. `settings` are Darkroom's."""
+    """Starts a contender in an empty folder. `settings` are Darkroom's, and so is the number of
+    further processes with workers, which needs PostgreSQL.
+    """
     port = free_port()
     with ExitStack() as stack:
         if contender.program == "darkroom":
-            processes = darkroom(folder, upstream, port, settings)
+            processes = darkroom(folder, upstream, port, workers, settings)
         else:
             processes = peer(contender, folder, upstream, port)
         for process in processes:
@@ -175,10 +177,14 @@ def running(
         yield made
 
 
-def darkroom(folder: Path, upstream: str, port: int, settings: Mapping[str, str]) -> list[Process]:
+def darkroom(
+    folder: Path, upstream: str, port: int, workers: int, settings: Mapping[str, str]
+) -> list[Process]:
     own = {"PORT": str(port), "CALLBACK_URL": f"http://127.0.0.1:{port}", **settings}
     environment = service_settings(upstream, folder, **own)
-    return [Process([sys.executable, "-m", "service", "serve"], folder, environment)]
+    command, alone = [sys.executable, "-m", "service"], {**environment, "DARKROOM_PORT": "0"}
+    further = [Process([*command, "worker"], folder, alone) for _ in range(workers)]
+    return [*further, Process([*command, "serve"], folder, environment)]
 
 
 def subscribed(url: str, receiver: str) -> str:

@@ -188,7 +188,7 @@ def killed(contender: Contender, folder: Path, storm: Storm) -> Verdict:
     upstream = ("tests.bench.peers.upstream", "called", str(ANSWER_S))
     with (
         server(*upstream, folder=folder, cores=MEASURING) as address,
-        running(contender, folder, address, **SETTINGS) as here,
+        running(contender, folder, address, workers=0, **SETTINGS) as here,
     ):
         return asyncio.run(one_run(here, address, storm))
 

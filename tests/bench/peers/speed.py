@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,13 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Tasks a second, seconds of CPU for a task, and the seconds of each steady task."""
+    """Tasks a second, seconds of CPU for a task, and the seconds of each steady task. `server_cpu`
+    is that of a database server that the contender does not start.
+    """
 
     rate: float
     cpu: float
+    server_cpu: float
     waits: Sequence[float]
 
 
@@ -75,7 +78,9 @@ async def steadily(
     return sent
 
 
-async def one_run(here: Running, upstream: str, folder: Path, scale: Scale) -> Result:
+async def one_run(
+    here: Running, upstream: str, folder: Path, scale: Scale, server_cpu: Callable[[], float]
+) -> Result:
     count = scale.steady + scale.tasks
     async with httpx.AsyncClient(base_url=upstream, timeout=60, trust_env=False) as client:
         await ordered(here, client, count)
@@ -91,11 +96,11 @@ async def one_run(here: Running, upstream: str, folder: Path, scale: Scale) -> R
             for url, body in calls[scale.steady :]
         ]
         requests.write_text("\n".join(lines))
-        cpu = here.cpu()
+        cpu, theirs = here.cpu(), server_cpu()
         burst = (here.url, requests, "once", CONNECTIONS, 0, PATIENCE_S)
         load = await asyncio.to_thread(measure, *burst)
         await arrived(client, "events", count)
-        cpu = here.cpu() - cpu
+        cpu, theirs = here.cpu() - cpu, server_cpu() - theirs
         picture = (await client.get("/bench/picture")).content
         events = (await client.get("/bench/seen")).json()["events"]
     times = checked(here, events, hashlib.sha256(picture).hexdigest())
@@ -103,6 +108,7 @@ async def one_run(here: Running, upstream: str, folder: Path, scale: Scale) -> R
     return Result(
         scale.tasks / (max(times.values()) - load["started"]),
         cpu / scale.tasks,
+        theirs / scale.tasks,
         [times[ids[url]] - at for url, at in sent.items()],
     )
 
@@ -126,14 +132,22 @@ def checked(here: Running, events: Sequence[Any], checksum: str) -> dict[str, fl
     return times
 
 
-def round_of(contender: Contender, folder: Path, scale: Scale, **settings: str) -> Result:
+def round_of(
+    contender: Contender,
+    folder: Path,
+    scale: Scale,
+    workers: int = 0,
+    server_cpu: Callable[[], float] = float,
+    **settings: str,
+) -> Result:
+    """`server_cpu` tells the seconds of CPU of a database server so far."""
     folder.mkdir()
     upstream = ("tests.bench.peers.upstream", "held", "0")
     with (
         server(*upstream, folder=folder, cores=MEASURING) as address,
-        running(contender, folder, address, **settings) as here,
+        running(contender, folder, address, workers, **settings) as here,
     ):
-        return asyncio.run(one_run(here, address, folder, scale))
+        return asyncio.run(one_run(here, address, folder, scale, server_cpu))
 
 
 def table(results: dict[Contender, list[Result]], scale: Scale) -> str:
