@@ -15,6 +15,7 @@ from service.links import Links
 from service.net.egress_client import Egress
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
+from service.queue.shared_commits import SharedCommits
 from service.signing import Keyring
 from service.upstreams.base import Upstream
 from service.upstreams.file_api import FileApi
@@ -47,6 +48,7 @@ class Resources:
     new_id: Callable[[str, int], str] = new_id
     random: Callable[[], float] = field(default=random.random)
     task_id_prefix: str = PREFIXES["task"]
+    shared_commits: SharedCommits = field(default_factory=SharedCommits)
 
     def id(self, kind: str) -> str:
         made = self.new_id(kind, self.clock())

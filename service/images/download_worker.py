@@ -81,7 +81,10 @@ class DownloadWorker:
         tracing.work_for(origin, task_id=row.task_id, owner=row.owner)
         started = time.perf_counter()
         about = {"darkroom.task.id": row.task_id, "darkroom.image.id": row.id}
-        with tracing.span("download", attributes=about) as span:
+        with (
+            self.resources.shared_commits.download(row.task_id),
+            tracing.span("download", attributes=about) as span,
+        ):
             outcome = await self._outcome(row, lease.attempts)
             if not isinstance(outcome, Stored):
                 span.fail("lost" if isinstance(outcome, Lost) else "retry")

@@ -108,6 +108,8 @@ class ConfirmWorker:
             raw=raw,
             source=answer.source if isinstance(answer, Found) else "query",
         )
+        if report is not None and report.final:
+            await self.resources.shared_commits.join(row.id)
         recorded = await store.write(record_settlements, settlement)
         checkpoint("settle.recorded")
         if recorded is not None and report is not None and report.final and not row.terminal:

@@ -14,7 +14,7 @@ from service.db.tables import counters
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 
-BEAT_S = 5.0
+BEAT_S = 10.0
 SILENT_MS = 30_000
 FORGET_MS = 3_600_000
 ROLES = ("serve", "web", "worker")
