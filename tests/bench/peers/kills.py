@@ -2,8 +2,8 @@
 lost, doubled and paid twice.
 
 The kills come at random moments, as in `make chaos`, and each victim starts again within half a
-second. The upstream takes 0.1 s to answer a submission, and the task exists from the
-moment of its request. A client submits its order again until it is accepted.
+second. The upstream takes 0.1 s to answer a submission, and the task exists from the moment of its
+request. A client submits its order again until it is accepted.
 """
 
 import asyncio
@@ -26,7 +26,6 @@ from tests.waiting import wait_until
 
 ANSWER_S, AGAIN_S, DOWN_S, PATIENCE_S = 0.1, 0.3, 0.5, 120.0
 FAILED = "image.task.failed"
-EARLY = 0.2  # the share of kills that may meet a process while it starts
 # Longer than the visibility timeout and the locks of the peers.
 SILENCE_S = 35.0
 SETTINGS = {
@@ -103,7 +102,7 @@ async def rage(here: Running, storm: Storm) -> dict[str, str]:
     """Submits all orders and kills processes, each at its moment. Returns the tasks by the names of
     their orders.
 
-    Most kills wait until all processes work, and then for a random time. The clock stands still
+    A kill waits until all processes work, and then for a random time. The clock stands still
     meanwhile. Otherwise a contender whose one process meets all kills would be away for longer than
     the upstream sends its callbacks.
     """
@@ -120,11 +119,10 @@ async def rage(here: Running, storm: Storm) -> dict[str, str]:
             if name is not None:
                 orders.append(asyncio.create_task(submit(here, client, name)))
                 continue
-            if chance.random() > EARLY:
-                began = time.monotonic()
-                await wait_until(lambda: here.awake(client), PATIENCE_S)
-                await asyncio.sleep(chance.uniform(0, 2 * storm.seconds / storm.kills))
-                start += time.monotonic() - began
+            began = time.monotonic()
+            await wait_until(lambda: here.awake(client), PATIENCE_S)
+            await asyncio.sleep(chance.uniform(0, 2 * storm.seconds / storm.kills))
+            start += time.monotonic() - began
             await kill(here, chance)
         return dict(await asyncio.gather(*orders))
 
