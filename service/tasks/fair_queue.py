@@ -18,7 +18,9 @@ from service.tasks.state import State
 
 turn, due, lease = tasks.c.submit_turn, tasks.c.submit_due_at, tasks.c.submit_lease_until
 waits = due.is_not(None)
-unsent = tasks.c.state.in_([State.QUEUED.value, State.SUBMITTING.value])  # not yet served
+# Not yet served. The expression is no column, or SQLite would read and sort all tasks of a state.
+state = func.coalesce(tasks.c.state, "")
+unsent = state.in_([State.QUEUED.value, State.SUBMITTING.value])
 untried = tasks.c.submit_attempts == 0  # a task that is sent again keeps an old turn
 
 
