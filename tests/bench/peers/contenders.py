@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -166,7 +167,9 @@ def running(
         if contender.program == "darkroom":
             processes = darkroom(folder, upstream, port, workers, settings)
         else:
-            processes = peer(contender, folder, upstream, port)
+            # short, because the path of a socket has at most 107 characters
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-"))
+            processes = peer(contender, folder, upstream, port, Path(place) / "redis.sock")
         for process in processes:
             process.start()
             stack.callback(process.kill)
@@ -194,8 +197,10 @@ def subscribed(url: str, receiver: str) -> str:
     return str(answer.raise_for_status().json()["secret"])
 
 
-def peer(contender: Contender, folder: Path, upstream: str, port: int) -> list[Process]:
-    program, socket = contender.program, folder / "redis.sock"
+def peer(
+    contender: Contender, folder: Path, upstream: str, port: int, socket: Path
+) -> list[Process]:
+    program = contender.program
     (folder / "pictures").mkdir()
     environment = {
         "PYTHONPATH": str(FOLDER / "programs"),
