@@ -1,3 +1,3 @@
 """Darkroom: between applications and asynchronous image APIs."""
 
-VERSION = "1.0.0"  # the package's too: pyproject.toml reads it here
+VERSION = "1.0.0"  # the package's too, in pyproject.toml

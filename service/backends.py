@@ -163,7 +163,7 @@ def open_sinks(settings: Settings) -> list[Broker]:
         try:
             known_pattern(pattern)
         except ValueError as error:
-            raise ConfigurationError(f"DARKROOM_SINKS: types= {error}") from None
+            raise ConfigurationError(f"DARKROOM_SINKS: types= {error}, not {pattern}") from None
     if not settings.sinks:
         return []
     try:

@@ -13,8 +13,12 @@ def with_owner(given: JSON) -> JSON:
 
 
 def options(given: JSON) -> JSON:
-    """The options of an endpoint as the API has them. An empty text clears its option."""
+    """The options of an endpoint as the API has them. An empty text clears its option, and
+    --ordered-by means --ordered too.
+    """
     given = named(given)
+    if given.get("ordered_by"):
+        given.setdefault("ordered", True)
     for name in {"metadata", "header"} & given.keys():
         given[name] = {} if given[name] == [""] else pairs(given[name], f"--{name}")
     for name in {"ordered_by", "rate_per_s"} & given.keys():

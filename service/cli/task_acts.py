@@ -28,6 +28,12 @@ def by_filter(given: JSON) -> JSON:
     return {**named(given), "filter": named(choice), "dry_run": not yes}
 
 
+def counted(document: JSON) -> JSON:
+    """A count alone says how to act."""
+    acted = document.get("done", document.get("id")) is not None
+    return document if acted or not document["count"] else {**document, "to act": "add --yes"}
+
+
 ACTS = {
     "cancel": Verb("Ask the upstream to cancel a task.", "POST /v1/tasks/{id}/cancel", {"id": Id}),
     "erase": Verb(
@@ -97,12 +103,14 @@ BULK = {
         "POST /v1/bulk/reconcile",
         TASK_CHOICE,
         fields=by_filter,
+        people=counted,
     ),
     "requeue": Verb(
         "Put dead-lettered queries and downloads of many tasks back into their queues.",
         "POST /v1/bulk/requeue",
         TASK_CHOICE,
         fields=by_filter,
+        people=counted,
     ),
     "resolve": Verb(
         "Settle many uncertain submissions by hand.",
@@ -112,6 +120,7 @@ BULK = {
             **TASK_CHOICE,
         },
         fields=by_filter,
+        people=counted,
     ),
     "deliveries": Verb(
         "Send many deliveries again, by default the failed ones.",
@@ -126,5 +135,6 @@ BULK = {
             "yes": Yes,
         },
         fields=by_filter,
+        people=counted,
     ),
 }

@@ -76,7 +76,7 @@ OPTIONS = {
     "ordered": Annotated[
         bool | None, option("One delivery at a time for each task.", "--ordered/--unordered")
     ],
-    "ordered_by": text("With --ordered: for each value of this key of the metadata.", "KEY"),
+    "ordered_by": text("Ordered, for each value of this key of the metadata.", "KEY"),
     "metadata": Metadata,
     "header": Annotated[Texts, option("Sent with every request.", metavar="NAME=VALUE")],
     "rate_per_s": text("The most requests in a second.", "N"),

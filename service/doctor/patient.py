@@ -1,9 +1,10 @@
 """What a check examines: the settings, and the connections that can be opened with them."""
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from service.backends import (
@@ -15,6 +16,7 @@ from service.backends import (
     secret_keys,
 )
 from service.blobs.blob_store import Blobs
+from service.blobs.local import INCOMING
 from service.db.batching import BatchingStore
 from service.doctor.mounts import NETWORK, file_system
 from service.errors import ConfigurationError, SchemaMismatch, StoreInUse
@@ -119,6 +121,13 @@ async def opened_store(settings: Settings, stack: AsyncExitStack) -> BatchingSto
         return fault(str(error), mend)
 
 
+def remove_empty(folders: Sequence[Path]) -> None:
+    """What a probe has made. The service may be another user, who could not write into it."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 @asynccontextmanager
 async def local(settings: Settings) -> AsyncIterator[Patient]:
     """A service that is not at work, or whose process cannot be asked. Changes nothing: a missing
@@ -128,6 +137,8 @@ async def local(settings: Settings) -> AsyncIterator[Patient]:
         egress = await stack.enter_async_context(probing(settings))
         store = await opened_store(settings, stack)
         blobs: Blobs | str
+        folders = (settings.image_dir / INCOMING, settings.image_dir, *settings.image_dir.parents)
+        stack.callback(remove_empty, [each for each in folders if not each.exists()])
         try:
             blobs = await open_blobs(settings, os.environ, OTHERS_S)
         except ConfigurationError as error:

@@ -24,6 +24,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BODY = 1 << 20
 BODY_S = 30.0
+SECRET_FIELDS = {"headers"}  # no message shows their values
 LAST_MS = 253_402_300_799_999  # of the year 9999
 TIME: TypeAdapter[datetime] = TypeAdapter(AwareDatetime)
 
@@ -102,7 +103,7 @@ def validated(kind: type[Model], body: JSON) -> Model:
         elif param and first["type"] == "extra_forbidden":
             fields = (field.alias or name for name, field in kind.model_fields.items())
             message = f"the body has no such field: it has {', '.join(fields)}"
-        elif param:
+        elif param and first["loc"][0] not in SECRET_FIELDS:
             message += f", not {shown(within(body, first['loc']))}"
         raise invalid_request(f"{param}: {message}" if param else message, param) from None
 

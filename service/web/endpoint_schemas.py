@@ -39,14 +39,19 @@ VALUE = r"^([!-~]([ \t!-~]{0,998}[!-~])?)?$"
 
 
 def allowed_headers(headers: dict[str, str]) -> dict[str, str]:
-    """Raises ValueError for too many headers, and with the first that is not allowed."""
+    """Raises ValueError for too many headers, and with the first that is not allowed. The values
+    are secrets: the message shows at most one character of them.
+    """
     if len(headers) > MAX_HEADERS:
         raise ValueError(f"has at most {MAX_HEADERS} headers, not {len(headers)}")
     for name, value in headers.items():
         if not re.fullmatch(NAME, name):
             raise ValueError(f"{name[:100]!r} is reserved or no name of a header")
         if not re.fullmatch(VALUE, value):
-            raise ValueError(f"{name}: a value has at most 1000 visible ASCII characters")
+            found = re.search(r"[^\t -~]|^[ \t]|[ \t]$", value)
+            limit = "has at most 1000 visible ASCII characters, with spaces only between them"
+            wrong = repr(found[0]) if found else len(value)
+            raise ValueError(f"{name}: a value {limit}, not {wrong}")
     return headers
 
 

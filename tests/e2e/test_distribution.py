@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -105,8 +106,10 @@ def test_the_images_steps_make_a_service_that_works(image: Path, tmp_path: Path)
     assert service.returncode == 0
 
 
-def test_the_changelog_tells_about_this_version() -> None:
+def test_the_package_and_its_changelog_have_this_version() -> None:
     versions = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
     assert VERSION in versions[:2]  # after what is unreleased, if there is anything
 
 

@@ -131,7 +131,8 @@ def test_caddy_passes_the_public_paths_alone(tmp_path: Path) -> None:
 
 
 PASSED = {"/callbacks/evolink/task_x/t", "/.well-known/endpoints/ep_x/jwks.json", "/images/img_x"}
-API, INSIDE = {"/v1/tasks", "/console/"}, {"/metrics", "/readyz"}
+API = {"/v1/tasks", "/console/"}
+INSIDE = {"/metrics", "/readyz", "/metrics/", "/readyz/", "/%6detrics", "/%72eadyz"}
 PROXIES: dict[str, tuple[tuple[str, ...], dict[str, str], set[str]]] = {
     "Caddyfile": (("caddy", "run", "--adapter", "caddyfile", "--config"), {}, PASSED | API),
     "Caddyfile behind compose.https.yaml": (

@@ -257,6 +257,7 @@ FAULTS: list[tuple[str, str, Cause, str, str, str]] = [
     ("a share", "store_disk", on_a_network, "fault", "fuse.sshfs", "local disk"),
     ("little room", "images", simply(min_free_bytes=2**60), "fault", "must stay free", "free"),
     ("quotes", "secrets", simply(secret_key=f"'{SECRET}'"), "fault", "quotes", "without quotes"),
+    ("a quoted key", "secrets", simply(evolink_api_key="'sk-x'"), "fault", "quotes", KEY),
     (
         "no broker",
         "broker bus",
@@ -435,7 +436,7 @@ def test_the_command_explains_why_a_service_does_not_start(
     assert f"DARKROOM_{name}" in found[f"setting DARKROOM_{name}"]["mend"]
     assert found["open_files"]["state"] == "ok"
     assert ("upstream" in found) == (name != "EVOLINK_BASE_URL")
-    assert not list(tmp_path.rglob("*.db"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_low_limit_of_open_files_is_found(tmp_path: Path) -> None:

@@ -338,7 +338,11 @@ WRONG: dict[str, tuple[str, Any, tuple[str, str]]] = {
     "a proxy's name": ("headers", {"X-Forwarded-For": "1"}, ("headers", "X-Forwarded-For")),
     "a trace": ("headers", {"traceparent": "1"}, ("headers", "traceparent")),
     "no name": ("headers", {"a b": "x"}, ("headers", "a b")),
-    "a line end": ("headers", {"x-a": "1\r\nx-b: 2"}, ("headers", "x-a")),
+    "a line end": ("headers", {"x-a": "1\r\nx-b: 2"}, ("headers", r"not '\r'")),
+    "a space at the end": ("headers", {"x-a": "1 "}, ("headers", "not ' '")),
+    "a long value": ("headers", {"x-a": "1" * 1001}, ("headers", "not 1001")),
+    "no object": ("headers", "a: s3cret", ("headers", "object")),
+    "one of two": ("headers", {"a": "Bearer s3cret", "host": "x"}, ("headers", "host")),
     "too many": ("headers", {f"x-{n}": "1" for n in range(11)}, ("headers", "10")),
     "no rate": ("rate_per_s", 0, ("rate_per_s", "0.01")),
     "a high rate": ("rate_per_s", 5000, ("rate_per_s", "1000")),
@@ -354,6 +358,7 @@ async def test_a_wrong_option_is_refused_by_name(here: World, wrong: str) -> Non
     body = {"url": "http://127.0.0.1:9/", name: value}
     error = refused(await here.client.post("/v1/endpoints", json=body), 400, param=said[0])
     assert said[1] in error["message"]
+    assert "s3cret" not in error["message"]
 
 
 async def test_a_rate_spaces_requests(shop: Shop) -> None:

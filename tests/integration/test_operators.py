@@ -313,6 +313,7 @@ async def test_the_command_line_pauses_resumes_and_acts_in_bulk(here: World) -> 
     await wait_until(held)
     counted = await said(here, "bulk", "reconcile", "--state", "completed", "--json")
     assert (counted[0], '"done":null' in counted[1].replace(" ", "")) == (0, True)
+    assert "--yes" in (await said(here, "bulk", "reconcile", "--state", "queued"))[1]
     assert (await said(here, "resume", "--reason", "cheap again"))[0] == 0
     code, _, err = await waiting
     assert (code, HELD in err) == (0, True), err

@@ -14,6 +14,7 @@ from service.events.documents import type_matches
 from service.events.feed import outbox_end, read_events
 from service.events.tail import StreamFilter
 from service.ids import sequence_text
+from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.bodies import query_seconds, query_text
 from service.web.context import context_of
@@ -44,11 +45,13 @@ def event_types(request: Request) -> list[str]:
     if len(types) > MAX_TYPES:
         message = f"type names at most {MAX_TYPES} types, not {len(types)}"
         raise invalid_request(message, "type")
-    try:
-        patterns = [known_pattern(pattern) for pattern in types]
-    except ValueError as error:
-        raise invalid_request(f"type {error}", "type") from None
-    return [type for pattern in patterns for type in types_of(pattern)]
+    found = []
+    for pattern in types:
+        try:
+            found += types_of(known_pattern(pattern))
+        except ValueError as error:
+            raise invalid_request(f"type {error}, not {shown(pattern)}", "type") from None
+    return found
 
 
 def types_of(pattern: str) -> list[str]:
