@@ -22,9 +22,10 @@ SHOWN = {
     "auth.refused": ("reason", "hint", "request_id"),
     "admin.action": ("action", "subject", "owner"),
     "upstream.called": ("kind", "outcome", "status", "duration_ms"),
-    # The only line with the whole id of the task, which commands take.
-    "task.queued": ("model", "owner", "task_id", "prompt", "replayed"),
+    # The only line with the whole id of the task, which commands take. 80 columns have room for it.
+    "task.queued": ("task_id", "replayed", "model", "owner", "prompt"),
     "task.submitted": ("state", "attempt", "estimated_time"),
+    "ledger.entered": ("kind", "credits", "source", "entry_id"),
     "image.stored": ("index", "media_type", "width", "height", "bytes"),
     "image.retry": ("index", "reason", "attempt", "wait_s"),
     "image.lost": ("index", "reason", "attempt"),
@@ -102,6 +103,9 @@ def shown_fields(line: MutableMapping[str, Any]) -> Iterator[str]:
     ]
     for name in given[:FIELDS]:
         text = str(line[name])
+        if name == "task_id":
+            yield text
+            continue
         yield f'{name}="{text}"' if " " in text else f"{name}={text}"
 
 
