@@ -16,7 +16,6 @@ from service.backends import (
     secret_keys,
 )
 from service.blobs.blob_store import Blobs
-from service.blobs.local import INCOMING
 from service.db.batching import BatchingStore
 from service.doctor.mounts import NETWORK, file_system
 from service.errors import ConfigurationError, SchemaMismatch, StoreInUse
@@ -125,6 +124,8 @@ def remove_empty(folders: Sequence[Path]) -> None:
     """What a probe has made. The service may be another user, who could not write into it."""
     for folder in folders:
         with suppress(OSError):
+            for inside in folder.iterdir():
+                inside.rmdir()
             folder.rmdir()
 
 
@@ -137,7 +138,7 @@ async def local(settings: Settings) -> AsyncIterator[Patient]:
         egress = await stack.enter_async_context(probing(settings))
         store = await opened_store(settings, stack)
         blobs: Blobs | str
-        folders = (settings.image_dir / INCOMING, settings.image_dir, *settings.image_dir.parents)
+        folders = (settings.image_dir, *settings.image_dir.parents)
         stack.callback(remove_empty, [each for each in folders if not each.exists()])
         try:
             blobs = await open_blobs(settings, os.environ, OTHERS_S)
