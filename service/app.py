@@ -36,6 +36,7 @@ from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import ConfirmWorker, QueryPlan
+from service.tasks.inbox_worker import InboxWorker
 from service.tasks.ledger import log_committed
 from service.tasks.pause import PauseWatch, watched_pause
 from service.tasks.submit_worker import SubmitWorker
@@ -155,6 +156,8 @@ async def running(
         context = make_context(
             settings, role, resources, catalogue, validator, breaker, pause, gate, brokers, stopping
         )
+        if role.workers:
+            await context.inbox.drain()  # proof that arrived comes before a decision by time
         jobs = process_jobs(settings, context, pool, brokers, role.name)
         metrics.processes.labels(role.name).set(1)
         tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
@@ -214,7 +217,7 @@ def make_context(
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics, settings.key_waits),
         readiness=RecentLook(),
-        result_ttl_s=settings.evolink_result_ttl_s,
+        inbox=InboxWorker(resources, settings.evolink_result_ttl_s),
         max_endpoints=settings.max_endpoints,
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),

@@ -60,6 +60,7 @@ def process_jobs(
         check = UpstreamCheck(resources, upstream, breaker)
         jobs |= {"upstream": check.run(), "announce": check.announce()}
     if workers:
+        jobs["inbox"] = context.inbox.run()
         jobs |= hourly_jobs(settings, resources)
     jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
     if not settings.sqlite_path:  # on SQLite there is no other process

@@ -88,7 +88,7 @@ def skew(answer: Response, now: float) -> Finding:
 
 async def check_callbacks(patient: Patient) -> dict[str, Finding]:
     """The service sends itself a signed callback about no task through the public address. The
-    route answers it with 200 `unknown`, and no other server can.
+    route answers it with 200 `accepted`. The worker's verdict on it is `unknown`.
     """
     url, keyring = patient.settings.callback_url, patient.keyring
     if url is None:
@@ -118,7 +118,7 @@ def answered(url: str, answer: Response) -> Finding:
         status = read_object(answer.body).get("status")
     except ValueError:
         status = None
-    if answer.status == 200 and status == "unknown":
+    if answer.status == 200 and status == "accepted":
         if url.startswith("https:"):
             return ok(f"a signed probe came back through {url}")
         mend = f"set {CALLBACKS} to an https address before the upstream is a public one"

@@ -19,7 +19,17 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # These series begin at 0, because Prometheus sees no increase in the first value of a series.
 VERDICTS = ("accepted", "duplicate", "conflict", "unreadable", "unknown", "wrong_token")
-STAGES = ("submit", "settle", "reconcile", "download", "deliver", "redeliver", "replay", "claim")
+STAGES = [
+    "inbox",
+    "submit",
+    "settle",
+    "reconcile",
+    "download",
+    "deliver",
+    "redeliver",
+    "replay",
+    "claim",
+]
 
 
 class Table:

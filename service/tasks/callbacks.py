@@ -1,33 +1,23 @@
-"""Callbacks with the right token: one commit, then the response (docs/callbacks.md).
+"""The verdicts on callbacks with the right token (docs/callbacks.md).
 
-The commit makes the task due for its confirmation. The request runs no query and no download.
+The transaction that keeps a verdict makes its task due for the confirmation.
 """
 
-import asyncio
-import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import structlog
 from sqlalchemy import func, select, tuple_
 
 from service.db.tables import callbacks, tasks
 from service.db.transaction import Transaction
-from service.errors import StoreUnavailable
 from service.events import outbox
 from service.ops import tracing
-from service.queue.checkpoints import checkpoint
-from service.resources import Resources
 from service.tasks.results import anticipate
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import ask, change, fill, lock, submitted
+from service.tasks.transitions import ask, change, fill, submitted
 from service.upstreams.base import Report, Status, outcome_digest
 
-log = structlog.get_logger()
-
-COMMIT_S = 8.0  # the upstream gives up after 10 s
 UNREADABLE_BYTES = 16 * 1024  # kept of an unreadable body
 KEPT = 20  # different callbacks of one task. Later ones are counted on the last row
 # How many of them keep their bodies, and how many bytes of each. The first terminal callback keeps
@@ -37,7 +27,9 @@ BODIES, BODY_BYTES = 5, 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A callback with the right token. `report` None: unreadable. `digest` is the body's hash."""
+    """A callback with the right token. `report` None: unreadable. `digest` is the body's hash. The
+    links that it names live for `result_ttl_ms` from now.
+    """
 
     id: str
     upstream: str
@@ -46,6 +38,7 @@ class Callback:
     digest: str
     body: bytes
     result_ttl_ms: int
+    received_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,68 +49,6 @@ class Verdict:
     callback_id: str | None = None
     owner: str | None = None
     origin: tracing.Origin = tracing.NO_ORIGIN
-
-
-async def receive(
-    resources: Resources,
-    upstream: str,
-    task_id: str,
-    body: bytes,
-    result_ttl_s: float,
-    arrived: float,
-    *,
-    whole: bool = True,
-) -> Verdict:
-    """Commits a callback and returns its verdict. StoreUnavailable: nothing was promised.
-
-    A body that is not `whole` is unreadable. `arrived` is the monotonic time of the request.
-    """
-    report = resources.upstreams[upstream].read_callback(body) if whole else None
-    callback = Callback(
-        id=resources.id("callback"),
-        upstream=upstream,
-        task_id=task_id,
-        report=report,
-        digest=hashlib.sha256(body).hexdigest(),
-        body=body if report else body[:UNREADABLE_BYTES],
-        result_ttl_ms=round(result_ttl_s * 1000),
-    )
-    checkpoint("inbox.received")
-    try:
-        async with asyncio.timeout_at(arrived + COMMIT_S):
-            verdict = await resources.store.write(accept_callbacks, callback, urgent=True)
-    except (TimeoutError, StoreUnavailable) as error:
-        refused(resources, "unavailable", task_id, time.monotonic() - arrived)
-        raise StoreUnavailable("the callback could not be committed in time") from error
-    checkpoint("inbox.committed")
-    seconds = time.monotonic() - arrived
-    resources.metrics.callbacks.labels(verdict.verdict).inc()
-    resources.metrics.callback_commit_seconds.observe(seconds)
-    tracing.record("callback", "server", verdict.origin, seconds)
-    log.info(
-        "callback.received",
-        owner=verdict.owner,
-        task_id=task_id,
-        **verdict.origin.ids,
-        callback_id=verdict.callback_id,
-        verdict=verdict.verdict,
-        status=report.status if report else None,
-        bytes=len(body),
-        duration_ms=round(seconds * 1000, 1),
-    )
-    return verdict
-
-
-def refused(resources: Resources, reason: str, task_id: str | None, seconds: float) -> None:
-    """Counts and logs a callback that was not kept, without its token. `task_id` is None unless the
-    token proved it.
-    """
-    resources.metrics.callbacks.labels(reason).inc()
-    duration_ms = round(seconds * 1000, 1)
-    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=duration_ms)
-
-
-# --- the verdict
 
 
 @dataclass(slots=True)
@@ -150,9 +81,12 @@ class Inbox:
         return next((callback.digest for callback in self.kept.values() if callback.first), None)
 
 
-def accept_callbacks(tx: Transaction, items: Sequence[Callback]) -> list[Verdict]:
-    """Judges callbacks and keeps them. An accepted one makes its task due for a confirmation."""
-    rows = lock(tx, (item.task_id for item in items))
+def give_verdicts(
+    tx: Transaction, rows: dict[str, TaskRow], items: Sequence[Callback]
+) -> list[Verdict]:
+    """Judges callbacks of the locked tasks `rows`, in their order, and keeps them. An accepted one
+    makes its task due for a confirmation.
+    """
     owners_of = _owners_of(tx, items, rows)
     inboxes = {task_id: Inbox(tx, row, owners_of) for task_id, row in rows.items()}
     has_body = (func.length(callbacks.c.body) > 0).label("has_body")
@@ -228,7 +162,7 @@ def _judge_outcome(inbox: Inbox, item: Callback, report: Report, digest: str) ->
     tx, row, first, settled = inbox.tx, inbox.row, inbox.first, inbox.row.settled_digest
     if settled is None and first is None:
         _keep(inbox, item, digest, "accepted", first=True)
-        change(tx, row, called_back_at=tx.now)
+        change(tx, row, called_back_at=item.received_at)
         wanted = row.state in (State.SUBMITTED, State.FAILED, State.EXPIRED)
         if report.status is Status.COMPLETED and wanted and row.erased_at is None:
             anticipate(tx, row, report.results, item.result_ttl_ms)
@@ -270,7 +204,7 @@ def _keep(
     if same is not None:
         same.count += 1
         same.verdict = verdict if turned else same.verdict
-        values = {"count": same.count, "verdict": same.verdict, "last_seen_at": tx.now}
+        values = {"count": same.count, "verdict": same.verdict, "last_seen_at": item.received_at}
         tx.change(callbacks, same.id, values)
         return same.id if turned else None
     body, report = _body(inbox, item, whole=bool(first)), item.report or Report()
@@ -279,8 +213,8 @@ def _keep(
         "id": item.id,
         "task_id": row.id,
         "owner": row.owner,
-        "received_at": tx.now,
-        "last_seen_at": tx.now,
+        "received_at": item.received_at,
+        "last_seen_at": item.received_at,
         "count": 1,
         "verdict": verdict,
         "status": report.status,

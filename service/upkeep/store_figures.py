@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, update
 
+from service.db.inbox_table import inbox
 from service.db.list_indexes import UNFINISHED
 from service.db.queues import QUEUES
 from service.db.tables import counters, deliveries, images, tasks
@@ -29,6 +30,7 @@ def figures(connection: Connection) -> dict[str, Any]:
         where = () if queue.where is None else (queue.where,)
         waiting = select(func.count(), func.min(due)).where(due.is_not(None), *where)
         depth[stage], oldest[stage] = execute(waiting).one()
+    depth["inbox"] = execute(select(func.count()).select_from(inbox)).scalar_one()
     dead = select(func.count()).where(deliveries.c.state == "dead", UNFINISHED)
     due_images = images.c.due_at.is_not(None), images.c.state == "pending"
     reserved = sums["credits reserved"] + sum(int(row[3] or 0) for row in rows)

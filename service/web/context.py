@@ -12,6 +12,7 @@ from service.resources import Resources
 from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
+from service.tasks.inbox_worker import InboxWorker
 from service.tasks.pause import PauseWatch
 from service.upkeep.heartbeats import WorkerWatch
 from service.web.auth import Access
@@ -39,7 +40,7 @@ class Context:
     limits: KeyLimits
     shedder: LoadShedder
     readiness: RecentLook[tuple[str, list[str]]]
-    result_ttl_s: float
+    inbox: InboxWorker
     max_endpoints: int  # of one owner
     sinks: Mapping[str, Sequence[str]]
     sinks_failing: Callable[[], bool]

@@ -31,7 +31,7 @@ from service.queue import leases
 from service.queue.leases import claim
 from service.strict_json import JSON
 from service.tasks.accept import Inserted, insert_tasks
-from service.tasks.callbacks import Callback, Verdict, accept_callbacks
+from service.tasks.callbacks import Callback, Verdict, give_verdicts
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.owner_keys import StoredKey, insert_keys
 from service.tasks.rows import TaskRow
@@ -408,12 +408,17 @@ def error_of(code: str) -> JSON:
     return {"code": code, "message": "the upstream's message", "type": "task_error"}
 
 
+def accept_callbacks(tx: Transaction, items: Sequence[Callback]) -> list[Verdict]:
+    """Judges callbacks that arrive now, without the inbox."""
+    now = [replace(item, received_at=tx.now) for item in items]
+    return give_verdicts(tx, lock(tx, (item.task_id for item in items)), now)
+
+
 def callback(
     task_id: str, report: Report | None, body: bytes = b"{}", *, id: str | None = None
 ) -> Callback:
-    return Callback(
-        id or new_id("callback"), "evolink", task_id, report, sha256(body).hexdigest(), body, DAY
-    )
+    digest = sha256(body).hexdigest()
+    return Callback(id or new_id("callback"), "evolink", task_id, report, digest, body, DAY, 0)
 
 
 def digest(report: Report) -> str:

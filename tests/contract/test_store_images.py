@@ -19,7 +19,6 @@ from service.images.downloads import (
     shown_image,
 )
 from service.tasks import task_queries
-from service.tasks.callbacks import accept_callbacks
 from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.state import State
 from service.upstreams.base import Report, Status
@@ -31,6 +30,7 @@ from tests.contract.subject import (
     MINUTE,
     SECOND,
     Subject,
+    accept_callbacks,
     callback,
     completed,
     failed,

@@ -7,7 +7,7 @@ import pytest
 
 from service.db.tables import callbacks, tasks
 from service.images.downloads import Lost
-from service.tasks.callbacks import BODIES, BODY_BYTES, KEPT, accept_callbacks
+from service.tasks.callbacks import BODIES, BODY_BYTES, KEPT
 from service.tasks.state import State
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
@@ -16,6 +16,7 @@ from tests.contract.subject import (
     SECOND,
     UNDECIDED,
     Subject,
+    accept_callbacks,
     accepted,
     accepts,
     callback,

@@ -12,7 +12,6 @@ from service.db.transaction import Transaction
 from service.queue import leases
 from service.queue.outlook import outlook
 from service.tasks.accept import insert_tasks
-from service.tasks.callbacks import accept_callbacks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from tests.contract.subject import (
@@ -23,6 +22,7 @@ from tests.contract.subject import (
     Clock,
     Opener,
     Subject,
+    accept_callbacks,
     callback,
     completed,
     stored,

@@ -11,7 +11,6 @@ import pytest
 from service.db.money_tables import ledger
 from service.db.transaction import Transaction
 from service.tasks.admin import reconcile_tasks
-from service.tasks.callbacks import accept_callbacks
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.submissions import record_submissions
@@ -21,6 +20,7 @@ from tests.contract.subject import (
     DAY,
     MINUTE,
     Subject,
+    accept_callbacks,
     accepted,
     callback,
     completed,

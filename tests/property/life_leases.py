@@ -12,11 +12,11 @@ from service.queue.crashes import DeadLetter, Fault, claim_candidates, record_fa
 from service.queue.leases import LEASE_MS
 from service.tasks.account_breaker import hold_submissions, resume_submissions
 from service.tasks.admin import reconcile_tasks, resolve_tasks
-from service.tasks.callbacks import accept_callbacks
 from service.tasks.cancel import cancel_tasks
 from service.tasks.settlements import record_settlements
 from service.tasks.submissions import record_submissions, start_submissions
 from service.upkeep.expiry import erase_tasks, strip_tasks
+from tests.contract.subject import accept_callbacks
 from tests.property.life_checks import Snapshot
 from tests.property.life_content import (
     check_download,

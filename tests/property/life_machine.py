@@ -15,13 +15,13 @@ from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
 from service.queue import leases
 from service.queue.crashes import claim_candidates
-from service.tasks.callbacks import Callback, accept_callbacks
+from service.tasks.callbacks import Callback
 from service.tasks.settlements import Settlement
 from service.tasks.state import TERMINAL, State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
 from service.upkeep.expiry import Erasure, strip_tasks
 from service.upstreams.base import Report, Uncertain
-from tests.contract.subject import DAY, HOUR, callback
+from tests.contract.subject import DAY, HOUR, accept_callbacks, callback
 from tests.property.life_bench import Bench
 from tests.property.life_checks import Snapshot, check, check_new_lease, check_submitted_once
 from tests.property.life_end import check_end, next_due, remains

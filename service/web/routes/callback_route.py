@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.errors import StoreUnavailable
 from service.resources import Resources
-from service.tasks import callbacks
+from service.tasks.inbox_worker import MAX_BODY, refused
 from service.web.context import Context
 from service.web.error_responses import error_body
 from service.web.middleware import CLOSE, MAX_DISCARDED
@@ -23,7 +23,6 @@ from service.web.overload import MAX_QUEUED, LogSampler, TokenBucket
 
 log = structlog.get_logger()
 
-MAX_BODY = 256 * 1024
 BODY_S = 5.0
 # For the rest of a body that is too large. Most senders read the answer after their whole body.
 DISCARD_S = 1.0
@@ -31,10 +30,7 @@ DISCARD_S = 1.0
 SMALL_BODY = 16 * 1024
 MAX_DELAYED_BODIES = 256  # up to 320 KiB each in the server's buffers, 80 MiB in all
 JSON_TYPE, RETRY = (b"content-type", b"application/json"), (b"retry-after", b"1")
-ANSWERS = {
-    verdict: b'{"status":"%s"}' % verdict.encode()
-    for verdict in ("accepted", "duplicate", "conflict", "unreadable", "unknown")
-}
+ACCEPTED = b'{"status":"accepted"}'
 REFUSALS = {
     401: ("unauthorized", "the token is wrong"),
     408: ("timeout", "the body was not complete after 5 s"),
@@ -89,28 +85,24 @@ class CallbackRoute:
         try:
             body = await read_body(receive)
         except TimeoutError:
-            callbacks.refused(resources, "incomplete", task_id, time.monotonic() - started)
+            refused(resources, "incomplete", task_id, time.monotonic() - started)
             await refuse(scope, send, 408)
             return
         if body is None:  # the upstream disconnected, and will send it again
-            callbacks.refused(resources, "disconnected", task_id, time.monotonic() - started)
+            refused(resources, "disconnected", task_id, time.monotonic() - started)
             return
         if context.gate.queued_callbacks > MAX_QUEUED:
             context.shedder.callback_refused()
             await refuse(scope, send, 503, RETRY)
             return
-        whole = len(body) <= MAX_BODY
         try:
             with context.gate.commit():
-                came, ttl_s = time.monotonic(), context.result_ttl_s
-                verdict = await callbacks.receive(
-                    resources, upstream, task_id, body, ttl_s, came, whole=whole
-                )
+                await context.inbox.receive(upstream, task_id, body, time.monotonic())
         except StoreUnavailable:
             await refuse(scope, send, 503, RETRY)
             return
-        if whole:
-            await respond(send, 200, ANSWERS[verdict.verdict])
+        if len(body) <= MAX_BODY:
+            await respond(send, 200, ACCEPTED)
         else:
             await discard(receive)
             await refuse(scope, send, 413)

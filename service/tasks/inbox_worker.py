@@ -1,0 +1,224 @@
+"""The inbox of callbacks: a request commits one row, and a worker judges it (docs/callbacks.md).
+
+The worker judges a task's rows in the order of arrival. The transaction that keeps the verdicts
+deletes the rows. A crash before its commit leaves them to the next worker.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+from sqlalchemy import Connection, delete, select
+
+from service.db.inbox_table import inbox
+from service.db.transaction import Transaction
+from service.errors import StoreUnavailable
+from service.ops import tracing
+from service.queue.backoff import fault_wait
+from service.queue.checkpoints import checkpoint
+from service.queue.stage import log_failure
+from service.resources import Resources
+from service.strict_json import JSON
+from service.tasks.callbacks import KEPT, UNREADABLE_BYTES, Callback, Verdict, give_verdicts
+from service.tasks.transitions import lock
+from service.upstreams.base import Upstream
+
+log = structlog.get_logger()
+
+COMMIT_S = 8.0  # the upstream gives up after 10 s
+MAX_BODY = 256 * 1024
+SIGNAL = "inbox"  # of a commit that added rows
+ROWS = 50  # that one look finds
+LOOK_S, AGAIN_S = 5.0, 0.5  # waits for a signal, and after a failure
+COUNTED = 10_000  # tasks whose callbacks a process counts
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A task with rows in the inbox, and what is needed to judge them."""
+
+    task_id: str
+    upstreams: Mapping[str, Upstream]
+    result_ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A callback with its verdict. `waited_ms` is the time since its arrival."""
+
+    callback: Callback
+    verdict: Verdict
+    size: int
+    waited_ms: int
+
+
+def insert_callbacks(tx: Transaction, items: Sequence[JSON]) -> list[None]:
+    """Adds rows to the inbox. It reads nothing, not even whether the task is known."""
+    tx.touched.add(SIGNAL)  # for the workers of every process
+    for item in items:
+        tx.insert(inbox, {**item, "received_at": tx.now})
+    return [None] * len(items)
+
+
+def waiting_tasks(connection: Connection, held: Collection[str]) -> list[str]:
+    """The tasks of the oldest rows, without the tasks that are `held` back."""
+    oldest = select(inbox.c.task_id).where(inbox.c.task_id.not_in(held))
+    rows = connection.execute(oldest.order_by(inbox.c.sequence).limit(ROWS))
+    return list(dict.fromkeys(rows.scalars()))
+
+
+def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judged]]:
+    """Judges the rows of these tasks and deletes them.
+
+    The tasks are locked first. So if two processes judge the same task, the second one finds only
+    rows that came after those of the first.
+    """
+    asked = {item.task_id: item for item in items}
+    tasks = lock(tx, asked)
+    taken = delete(inbox).where(inbox.c.task_id.in_(asked)).returning(*inbox.c)
+    # An insert whose commit was in doubt ran again: the row is there twice.
+    rows = {row.id: row for row in sorted(tx.connection.execute(taken))}
+    callbacks = []
+    for row in rows.values():
+        upstream, waited_ms = asked[row.task_id].upstreams[row.upstream], tx.now - row.received_at
+        callback = Callback(
+            id=row.id,
+            upstream=row.upstream,
+            task_id=row.task_id,
+            report=upstream.read_callback(row.body) if row.size <= MAX_BODY else None,
+            digest=row.digest,
+            body=row.body,
+            result_ttl_ms=asked[row.task_id].result_ttl_ms - max(0, waited_ms),
+            received_at=row.received_at,
+        )
+        callbacks.append(callback)
+    judged: dict[str, list[Judged]] = {task_id: [] for task_id in asked}
+    for callback, verdict in zip(callbacks, give_verdicts(tx, tasks, callbacks), strict=True):
+        waited_ms, size = tx.now - callback.received_at, rows[callback.id].size
+        judged[callback.task_id].append(Judged(callback, verdict, size, max(0, waited_ms)))
+    return [judged[item.task_id] for item in items]
+
+
+@dataclass(slots=True)
+class InboxWorker:
+    """Accepts callbacks in a process that serves, and judges them in a process with workers."""
+
+    resources: Resources
+    result_ttl_s: float
+    # Tasks whose rows could not be judged: the failures, and when the next try is due.
+    _held: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _recent: Counter[str] = field(default_factory=Counter)
+
+    async def receive(self, upstream: str, task_id: str, body: bytes, arrived: float) -> None:
+        """Commits a callback with the right token. StoreUnavailable: nothing was promised.
+
+        A body over the limit is unreadable. `arrived` is the monotonic time of the request.
+        """
+        resources = self.resources
+        row = {
+            "id": resources.id("callback"),
+            "task_id": task_id,
+            "upstream": upstream,
+            "size": len(body),
+            "digest": hashlib.sha256(body).hexdigest(),
+            "body": body if len(body) <= MAX_BODY else body[:UNREADABLE_BYTES],
+        }
+        checkpoint("inbox.received")
+        try:
+            async with asyncio.timeout_at(arrived + COMMIT_S):
+                await resources.store.write(insert_callbacks, row, urgent=True)
+        except (TimeoutError, StoreUnavailable) as error:
+            refused(resources, "unavailable", task_id, time.monotonic() - arrived)
+            raise StoreUnavailable("the callback could not be committed in time") from error
+        checkpoint("inbox.committed")
+        resources.metrics.callback_commit_seconds.observe(time.monotonic() - arrived)
+        await self._bound(task_id)
+
+    async def _bound(self, task_id: str) -> None:
+        """Judges a task after every `KEPT` callbacks, so that without a worker its rows do not
+        become many.
+        """
+        self._recent[task_id] += 1
+        if self._recent[task_id] >= KEPT:
+            del self._recent[task_id]
+            await self.judge(task_id)
+        elif len(self._recent) > COUNTED:
+            self._recent.clear()
+
+    async def run(self) -> None:
+        """Judges until cancelled."""
+        with self.resources.store.signals.listen(SIGNAL) as arrived:
+            while True:
+                arrived.clear()
+                wait_s = LOOK_S if await self.drain() and not self._held else AGAIN_S
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await arrived.wait()
+
+    async def drain(self) -> bool:
+        """Judges all rows, except those of tasks that are held back. False: the store failed."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            held = [task_id for task_id, (_, until) in self._held.items() if until > clock()]
+            try:
+                ids = await self.resources.store.read(waiting_tasks, held)
+            except StoreUnavailable:
+                return False
+            if not ids:  # tasks that are held back no longer have no rows
+                self._held = {id: self._held[id] for id in held}
+                return True
+            checkpoint("inbox.waiting")
+            if not all(await asyncio.gather(*(self.judge(task_id) for task_id in ids))):
+                return False
+
+    async def judge(self, task_id: str) -> bool:
+        """Judges the rows of a task. After a failure the task is held back for a while, so that
+        other tasks have their turn.
+        """
+        resources = self.resources
+        item = Waiting(task_id, resources.upstreams, round(self.result_ttl_s * 1000))
+        try:
+            judged = await resources.store.write(judge_callbacks, item)
+        except StoreUnavailable:
+            return False
+        except Exception as error:  # noqa: BLE001 - logged, counted, tried again
+            attempt = self._held.get(task_id, (0, 0.0))[0] + 1
+            wait_s = fault_wait(attempt)
+            self._held[task_id] = attempt, asyncio.get_running_loop().time() + wait_s
+            resources.metrics.worker_faults.labels("inbox").inc()
+            log_failure("inbox", task_id, attempt, wait_s, error)
+            return True
+        self._held.pop(task_id, None)
+        for each in judged:
+            self._tell(each)
+        return True
+
+    def _tell(self, judged: Judged) -> None:
+        callback, verdict = judged.callback, judged.verdict
+        self.resources.metrics.callbacks.labels(verdict.verdict).inc()
+        tracing.record("callback", "server", verdict.origin, judged.waited_ms / 1000)
+        log.info(
+            "callback.received",
+            owner=verdict.owner,
+            task_id=callback.task_id,
+            **verdict.origin.ids,
+            callback_id=verdict.callback_id,
+            verdict=verdict.verdict,
+            status=callback.report.status if callback.report else None,
+            bytes=judged.size,
+            duration_ms=judged.waited_ms,
+        )
+
+
+def refused(resources: Resources, reason: str, task_id: str | None, seconds: float) -> None:
+    """Counts and logs a callback that was not kept, without its token. `task_id` is None unless the
+    token proved it.
+    """
+    resources.metrics.callbacks.labels(reason).inc()
+    duration_ms = round(seconds * 1000, 1)
+    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=duration_ms)
