@@ -3,9 +3,11 @@
 import asyncio
 import json
 import tarfile
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import httpx
 import pytest
 
 from service.queue import worker
+from service.tasks.inbox_worker import InboxWorker, Judged
 from tests.upstream import Upstream
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -58,23 +61,50 @@ def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
     return json.dumps({"id": task["upstream_id"], "status": status, **more}).encode()
 
 
+# Verdicts of this process that no test has asked for yet, by task and digest of the body.
+VERDICTS: dict[tuple[str, str], asyncio.Queue[str]] = defaultdict(asyncio.Queue)
+_tell = InboxWorker._tell
+
+
+def _record(inbox: InboxWorker, judged: Judged) -> None:
+    _tell(inbox, judged)
+    key = judged.callback.task_id, judged.callback.digest
+    VERDICTS[key].put_nowait(judged.verdict.verdict)
+
+
+setattr(InboxWorker, "_tell", _record)  # noqa: B010
+
+
 async def call(
     here: World, task: dict[str, Any] | str, body: bytes, **headers: str
 ) -> httpx.Response:
-    url = here.callback_url(task if isinstance(task, str) else task["id"])
-    return await here.stranger.post(
-        url,
-        content=body,
-        headers={name.replace("_", "-"): value for name, value in headers.items()},
-    )
+    """The answer to a callback, once a worker has judged it."""
+    answer, _ = await _called(here, task, body, headers)
+    return answer
 
 
 async def verdict(here: World, task: dict[str, Any] | str, body: bytes, **headers: str) -> str:
     """The verdict on a callback that the service answers with 200."""
-    answer = await call(here, task, body, **headers)
+    answer, word = await _called(here, task, body, headers)
     assert answer.status_code == 200, answer.text
-    assert list(answer.json()) == ["status"]
-    return str(answer.json()["status"])
+    assert answer.json() == {"status": "accepted"}
+    return word
+
+
+async def _called(
+    here: World, task: dict[str, Any] | str, body: bytes, headers: dict[str, str]
+) -> tuple[httpx.Response, str]:
+    task_id = task if isinstance(task, str) else task["id"]
+    url = here.callback_url(task_id)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    answer = await here.stranger.post(url, content=body, headers=headers)
+    return answer, await judged(task_id, body) if answer.status_code == 200 else ""
+
+
+async def judged(task_id: str, body: bytes) -> str:
+    """The verdict on a callback that was accepted."""
+    async with asyncio.timeout(30):
+        return await VERDICTS[task_id, sha256(body).hexdigest()].get()
 
 
 async def heard(here: World, task: dict[str, Any]) -> list[tuple[str, str | None, int]]:

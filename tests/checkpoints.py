@@ -34,7 +34,11 @@ CHECKPOINTS: Mapping[str, str] = {
     ),
     "inbox.committed": (
         "The upstream gets no 200 and sends the callback again, which is a `duplicate`. The"
-        " first one settles the task."
+        " first one waits in the inbox, and the next worker judges it."
+    ),
+    "inbox.waiting": (
+        "The callback was accepted and has no verdict yet. The next worker judges it, and the"
+        " upstream need not send it again."
     ),
     "settle.claimed": "The next worker queries the upstream.",
     "settle.answered": (

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 from sqlalchemy import Connection, delete, select
+from structlog.contextvars import bind_contextvars
 
 from service.db.inbox_table import inbox
 from service.db.transaction import Transaction
@@ -59,17 +60,16 @@ class Judged:
 
 def insert_callbacks(tx: Transaction, items: Sequence[JSON]) -> list[None]:
     """Adds rows to the inbox. It reads nothing, not even whether the task is known."""
-    tx.touched.add(SIGNAL)  # for the workers of every process
+    tx.touched[SIGNAL] = None  # for the workers of every process
     for item in items:
         tx.insert(inbox, {**item, "received_at": tx.now})
     return [None] * len(items)
 
 
 def waiting_tasks(connection: Connection, held: Collection[str]) -> list[str]:
-    """The tasks of the oldest rows, without the tasks that are `held` back."""
+    """The task of each of the oldest rows, without the tasks that are `held` back."""
     oldest = select(inbox.c.task_id).where(inbox.c.task_id.not_in(held))
-    rows = connection.execute(oldest.order_by(inbox.c.sequence).limit(ROWS))
-    return list(dict.fromkeys(rows.scalars()))
+    return list(connection.execute(oldest.order_by(inbox.c.sequence).limit(ROWS)).scalars())
 
 
 def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judged]]:
@@ -86,13 +86,14 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
     callbacks = []
     for row in rows.values():
         upstream, waited_ms = asked[row.task_id].upstreams[row.upstream], tx.now - row.received_at
+        report = upstream.read_callback(row.body) if row.size <= MAX_BODY else None
         callback = Callback(
             id=row.id,
             upstream=row.upstream,
             task_id=row.task_id,
-            report=upstream.read_callback(row.body) if row.size <= MAX_BODY else None,
+            report=report,
             digest=row.digest,
-            body=row.body,
+            body=row.body if report else row.body[:UNREADABLE_BYTES],
             result_ttl_ms=asked[row.task_id].result_ttl_ms - max(0, waited_ms),
             received_at=row.received_at,
         )
@@ -120,8 +121,10 @@ class InboxWorker:
         A body over the limit is unreadable. `arrived` is the monotonic time of the request.
         """
         resources = self.resources
+        callback_id = resources.id("callback")
+        bind_contextvars(task_id=task_id, callback_id=callback_id)
         row = {
-            "id": resources.id("callback"),
+            "id": callback_id,
             "task_id": task_id,
             "upstream": upstream,
             "size": len(body),
@@ -169,12 +172,15 @@ class InboxWorker:
                 ids = await self.resources.store.read(waiting_tasks, held)
             except StoreUnavailable:
                 return False
-            if not ids:  # tasks that are held back no longer have no rows
-                self._held = {id: self._held[id] for id in held}
-                return True
-            checkpoint("inbox.waiting")
-            if not all(await asyncio.gather(*(self.judge(task_id) for task_id in ids))):
+            if ids:
+                checkpoint("inbox.waiting")
+            judging = [self.judge(task_id) for task_id in dict.fromkeys(ids)]
+            if not all(await asyncio.gather(*judging)):
                 return False
+            if len(ids) < ROWS:  # a later row gives a signal
+                for task_id in self._held.keys() - {*held, *ids}:
+                    del self._held[task_id]  # another process has judged its rows
+                return True
 
     async def judge(self, task_id: str) -> bool:
         """Judges the rows of a task. After a failure the task is held back for a while, so that

@@ -88,8 +88,8 @@ async def test_the_migrated_schema_equals_the_metadata(subject: Subject) -> None
 
 async def test_every_table_with_an_owners_data_has_an_owner_column() -> None:
     without = {name for name, table in metadata.tables.items() if "owner" not in table.c}
-    assert without == {"owners", "counters", "sinks", "attempts", "steps", "pauses"}, (
-        "attempts belong to a delivery and steps to a task"
+    assert without == {"owners", "counters", "sinks", "attempts", "steps", "pauses", "inbox"}, (
+        "attempts belong to a delivery, and steps and callbacks in the inbox to a task"
     )
 
 

@@ -23,6 +23,7 @@ FIGURES = """
         (SELECT count(*) FROM tasks WHERE submit_due_at IS NOT NULL
             AND submit_lease_until IS NULL) AS waiting,
         (SELECT count(*) FROM tasks WHERE erased_at IS NOT NULL AND prompt IS NULL) AS erased,
+        (SELECT count(*) FROM inbox) AS inbox,
         (SELECT count(*) FROM callbacks) AS callbacks,
         (SELECT count(*) FROM images WHERE state = 'stored') AS stored
 """
@@ -68,8 +69,9 @@ TRUE_AT: Mapping[str, Callable[[Death], bool]] = {
         death.of("state") == "queued" and death.of("waiting") == 1 and death.posts == 0
     ),
     "account.restored": lambda death: death.of("state") == "queued" and death.posts == 0,
-    "inbox.received": lambda death: death.of("callbacks") == 0,
-    "inbox.committed": lambda death: death.of("callbacks") == 1,
+    "inbox.received": lambda death: death.of("inbox") == 0 == death.of("callbacks"),
+    "inbox.committed": lambda death: death.of("inbox") == 1 and death.of("callbacks") == 0,
+    "inbox.waiting": lambda death: death.of("inbox") == 1 and death.of("callbacks") == 0,
     "settle.claimed": lambda death: death.of("state") == "submitted",
     "settle.answered": lambda death: death.of("state") == "submitted",
     "settle.recorded": lambda death: death.of("state") in ("storing", "completed"),

@@ -8,6 +8,7 @@ from service.db.paging import PAGE_BYTES
 from service.events import tail
 from service.net import transport
 from service.queue import limiter
+from service.tasks import inbox_worker
 from service.upstreams.lenient import USUAL_BYTES
 from service.web import auth, bodies, key_shares, overload, server, server_protocol, unsent
 from service.web.list_page import PIECE
@@ -37,7 +38,7 @@ def arriving() -> dict[str, str]:
         f" headers and {server_protocol.HEAD_S:g} s",
         "requests of a connection behind one that is not answered": "those in"
         f" {size(server_protocol.SLICE)}, and up to 512 KiB that are read and not parsed",
-        "body of a callback": f"{size(callback_route.MAX_BODY)} and {callback_route.BODY_S:g} s",
+        "body of a callback": f"{size(inbox_worker.MAX_BODY)} and {callback_route.BODY_S:g} s",
         "body of a client's request": f"{size(bodies.MAX_BODY)} and {bodies.BODY_S:g} s."
         f" {size(task_routes.MAX_SUBMISSION)} with `data:` URLs,"
         f" {size(upstream_file_routes.MAX_JSON)} with a file in base64. {key_shares.BODIES} that"

@@ -13,7 +13,7 @@ import json
 import re
 import sqlite3
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -121,7 +121,10 @@ class Watch:
 
 QUERIES = {
     **{table: f"SELECT id FROM {table}" for table in TABLES.values()},
-    "callbacks": "SELECT task_id || ' ' || status FROM callbacks",
+    "callbacks": (
+        "SELECT task_id || ' ' || status FROM callbacks UNION ALL"
+        " SELECT task_id || ' ' || json_extract(CAST(body AS TEXT), '$.status') FROM inbox"
+    ),
     "submitting": "SELECT id FROM tasks WHERE state <> 'queued'",
     "stored": "SELECT sha256 FROM images WHERE state = 'stored'",
 }
@@ -143,18 +146,22 @@ def rows_of(files: dict[str, bytes]) -> dict[str, set[str]]:
 
 
 def callbacks_of(log: str) -> dict[str, str]:
-    """The callbacks in a service's log at the level debug, by request.
-
-    The line of a callback has the request of its task. The line of its own request is the next one
-    of a callback that got 200.
+    """The callbacks in a service's log at the level debug, by request. Their ids connect the line
+    of the request with the line of the verdict.
     """
-    found, received = dict[str, str](), deque[str]()
-    for line in (json.loads(line) for line in log.splitlines() if line.startswith("{")):
-        if line["event"] == "callback.received":
-            received.append(f"{line['task_id']} {line['status']}")
-        elif received and line["event"] == "http.request" and is_answered_callback(line):
-            found[line["request_id"]] = received.popleft()
-    return found
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    said = {
+        line["callback_id"]: f"{line['task_id']} {line['status']}"
+        for line in lines
+        if line["event"] == "callback.received"
+    }
+    return {
+        line["request_id"]: said[line["callback_id"]]
+        for line in lines
+        if line["event"] == "http.request"
+        and is_answered_callback(line)
+        and line["callback_id"] in said
+    }
 
 
 def is_answered_callback(line: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from service.db.sqlite import REMEMBERED, SqliteStore
-from service.tasks import callbacks
+from service.tasks import inbox_worker
 from tests.callbacks import asked, call, counted, heard, quick_world, said, types, verdict
 from tests.upstream import After, Upstream, document, failed
 from tests.waiting import wait_until
@@ -254,7 +254,7 @@ async def test_a_store_that_takes_too_long_promises_nothing(
         quick.wait(20)
 
     with commits(here, wait), monkeypatch.context() as patch:
-        patch.setattr(callbacks, "COMMIT_S", 0.05)
+        patch.setattr(inbox_worker, "COMMIT_S", 0.05)
         answer = await call(here, task, said(task, "failed"))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         quick.set()

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from service.queue import worker
 from service.tasks import confirm_worker, task_queries
+from tests.callbacks import verdict
 from tests.upstream import Cut, Upstream, document, error, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -78,9 +79,7 @@ async def doubtful(here: World, upstream: Upstream, prompt: str, *then: Response
 
 
 async def call(here: World, task: Task, **body: Any) -> str:
-    answer = await here.stranger.post(here.callback_url(task["id"]), content=json.dumps(body))
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["status"])
+    return await verdict(here, task, json.dumps(body).encode())
 
 
 async def told_late(here: World, task: Task) -> Task:

@@ -17,7 +17,7 @@ from service.queue.backoff import results_wait
 from service.settings import load_settings
 from service.tasks import settlements
 from service.upstreams.catalogue import load_catalogue
-from tests.callbacks import raw
+from tests.callbacks import judged, raw, verdict
 from tests.downloads import bytes_of, noise, quick
 from tests.partial import COMPLETED, NAMES, PENDING, UNUSABLE, Said
 from tests.untidy import LENGTH, PLAIN, Shape, response
@@ -54,8 +54,8 @@ async def called(here: World, server: Said, task: JSON, body: bytes = COMPLETED)
     filled = server.filled(body, task["upstream_id"])
     length = f"content-length: {len(filled)}\r\n"
     status, _, answer = await raw(here.callback_url(task["id"]), filled, headers=length)
-    assert status == 200
-    return str(json.loads(answer)["status"])
+    assert (status, json.loads(answer)) == (200, {"status": "accepted"})
+    return await judged(task["id"], filled)
 
 
 async def ended(here: World, server: Said, *queries: bytes, callback: bytes = COMPLETED) -> JSON:
@@ -539,9 +539,7 @@ async def test_a_late_callback_changes_no_task_that_ended_at_once(
     task = await here.ended(task["id"])
     id = next(id for id, name in server.names.items() if name == task["prompt"])
     body = server.filled(COMPLETED, id).decode().replace("$ID", id).encode()
-    length = f"content-length: {len(body)}\r\n"
-    status, _, answer = await raw(here.callback_url(task["id"]), body, headers=length)
-    assert (status, json.loads(answer)["status"]) == (200, "duplicate")
+    assert await verdict(here, task, body) == "duplicate"
     assert (await here.task(task["id"]))["state"] == "completed"
     assert len(await here.events(task=task["id"])) == 2
 

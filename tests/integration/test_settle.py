@@ -18,6 +18,7 @@ from service.images.validator import ImageValidator
 from service.queue import backoff, worker
 from service.tasks import confirm_worker, task_queries
 from service.tasks.confirm_worker import QueryPlan
+from tests.callbacks import verdict
 from tests.upstream import Upstream, document, error, failed, page, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -62,9 +63,7 @@ async def told(
 
 async def call(here: World, task: dict[str, Any], status: str, **more: Any) -> str:
     body = json.dumps({"id": task["upstream_id"], "status": status, **more})
-    answer = await here.stranger.post(here.callback_url(task["id"]), content=body)
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["status"])
+    return await verdict(here, task, body.encode())
 
 
 async def types(here: World, task_id: str) -> list[str]:
@@ -253,8 +252,7 @@ async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path
         assert (await here.task(task["id"]))["state"] == "completed"
         doubted = await here.submit()
         upstream.queries[doubted["upstream_id"]] = [failed("service_error")]
-        answer = await here.stranger.post(here.callback_url(doubted["id"]), content=b"garbage")
-        assert answer.json() == {"status": "unreadable"}
+        assert await verdict(here, doubted, b"garbage") == "unreadable"
         assert (await here.ended(doubted["id"]))["error"]["code"] == "service_error"
         assert upstream.asked[doubted["upstream_id"]] == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from service.web import server_protocol
 from tests.api import SUBMIT, got, order, submitted
-from tests.callbacks import connected
+from tests.callbacks import connected, judged
 from tests.world import ADMIN_KEY, World
 
 JSON = dict[str, Any]
@@ -106,11 +106,14 @@ async def test_a_callback_with_an_offer_is_accepted_and_the_connection_goes_on(
     """The callback is committed with its whole body. A second one is found to be the same."""
     task = await submitted(still.client)
     path = still.callback_url(task["id"]).removeprefix(still.url)
-    framed, parts = framing(json.dumps({"id": task["id"][5:], "status": "failed"}).encode())
+    body = json.dumps({"id": task["id"][5:], "status": "failed"}).encode()
+    framed, parts = framing(body)
     async with connected(still.url) as (reader, writer):
         for verdict in ("accepted", "duplicate"):
             await write(writer, head("POST", path, offer, framed), *parts)
-            assert await answer(reader) == (200, b'{"status":"%s"}' % verdict.encode())
+            assert await answer(reader) == (200, b'{"status":"accepted"}')
+            assert await still.context.inbox.judge(task["id"])
+            assert await judged(task["id"], body) == verdict
         await write(writer, head("GET", "/healthz"))
         assert (await answer(reader))[0] == 200
 
