@@ -67,7 +67,7 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`status` (null: no answer), `setting`. What answers is not the upstream's API."
         ),
         "upstream.called": "`kind`, `status`, `outcome`, `duration_ms`, `upstream_request_id`",
-        "callback.received": "`verdict`, `status`, `bytes`, `duration_ms`",
+        "callback.received": "`verdict`, `status`, `bytes`, `duration_ms` (since its arrival)",
         "callback.refused": (
             "`reason`, `duration_ms`, `withheld` (wrong tokens since the last line, in a"
             " flood). Nothing was stored."
