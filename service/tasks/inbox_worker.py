@@ -175,7 +175,8 @@ class InboxWorker:
             if ids:
                 checkpoint("inbox.waiting")
             judging = [self.judge(task_id) for task_id in dict.fromkeys(ids)]
-            if not all(await asyncio.gather(*judging)):
+            # A stop leaves a transaction under way to its end, with the lines of its verdicts.
+            if not all(await asyncio.shield(asyncio.gather(*judging))):
                 return False
             if len(ids) < ROWS:  # a later row gives a signal
                 for task_id in self._held.keys() - {*held, *ids}:

@@ -68,10 +68,13 @@ async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Serv
         assert set(load.answers) <= {"200", "503"}, load.answers
         load_ids = {task["id"] for task in load.tasks}
         for task_id, times in load.said.items():
-            steps = got(await web.client.get(f"/v1/tasks/{task_id}/timeline"))["data"]
-            assert (
-                sum(step["count"] for step in steps if step["step"] == "callback.received") >= times
-            )
+
+            async def judged(task_id: str = task_id, times: int = times) -> bool:
+                steps = got(await web.client.get(f"/v1/tasks/{task_id}/timeline"))["data"]
+                found = [step for step in steps if step["step"] == "callback.received"]
+                return bool(sum(step["count"] for step in found) >= times)
+
+            await wait_until(judged, PATIENCE_S)
         states = await group.ended(web)
         assert {states[task_id] for task_id in load_ids} == {"failed"}
         others = [
