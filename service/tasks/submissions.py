@@ -66,8 +66,9 @@ def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list
                 held_back(tx, row, pause)
         tx.write()
     started = tx.connection.execute(_start(items, tx.now)).all()
-    bodies: dict[str, bytes] = {row.id: row.body for row in started}
-    return [bodies.get(item.lease.key) for item in items]
+    # By the fence too: this process may have claimed the task again since an earlier lease ended.
+    bodies: dict[tuple[str, int], bytes] = {(id, fence): body for id, fence, body in started}
+    return [bodies.get((item.lease.key, item.lease.fence)) for item in items]
 
 
 def _start(items: Sequence[SubmissionStart], now: int) -> ReturningUpdate[Any]:
@@ -86,7 +87,10 @@ def _start(items: Sequence[SubmissionStart], now: int) -> ReturningUpdate[Any]:
     locked = mine.order_by(id).with_for_update().cte("locked").prefix_with("MATERIALIZED")
     values = {state: State.SUBMITTING.value, until: now + max(item.call_ms for item in items)}
     return (
-        update(tasks).where(id.in_(select(locked.c.id))).values(values).returning(id, tasks.c.body)
+        update(tasks)
+        .where(id.in_(select(locked.c.id)))
+        .values(values)
+        .returning(id, tasks.c.submit_fence, tasks.c.body)
     )
 
 
