@@ -1,5 +1,6 @@
 """What a line for people shows of a document."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from service.cli.output import plain
@@ -62,8 +63,14 @@ def date(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def why_held(step: JSON) -> str | None:
-    """What the last step of a timeline says about a task that waits."""
-    reason: str | None = step.get("message") or step.get("reason")
-    retried = step["step"] == "task.submission_retried"
+def why_held(steps: Sequence[JSON]) -> str | None:
+    """What the timeline of a task that waits says: the last step of an image that is not saved, or
+    the last step of the task.
+    """
+    for step in {step.get("image_id"): step for step in steps}.values():
+        if step["step"] == "image.retry":
+            return f"image {step['index']} is not saved yet: {step['reason']}"
+    last = steps[-1] if steps else {}
+    reason: str | None = last.get("message") or last.get("reason")
+    retried = last.get("step") == "task.submission_retried"
     return f"the upstream took no submission yet: {reason}" if retried else reason

@@ -163,14 +163,14 @@ def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
 
 
 def held(client: ApiClient, task: JSON) -> str | None:
-    """Why the task waits although the service works, as the last step of its timeline says it."""
-    if task["state"] not in ("queued", "uncertain"):
+    """Why the task waits although the service works, as its timeline says it."""
+    if task["state"] not in ("queued", "uncertain", "storing"):
         return None
     try:
         steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
     except (CommandFailed, EgressError):  # a key without the scope `read`, or a restart
         return None
-    return why_held(steps[-1]) if steps else None
+    return why_held(steps)
 
 
 @contextmanager

@@ -59,6 +59,14 @@ def _pause(connection: Connection, statement: Select[Any]) -> Pause:
     return Pause(*row) if row else Pause()
 
 
+def with_pause(statement: Select[Any]) -> Select[Any]:
+    """A select of tasks with the pause as its last columns, which does not change until the
+    transaction ends.
+    """
+    statement = statement.add_columns(*_COLUMNS).join(pauses, pauses.c.name == SUBMISSION)
+    return statement.with_for_update(read=True, of=pauses)
+
+
 def locked_pause(tx: Transaction) -> Pause:
     """The pause, which does not change until the transaction ends."""
     return _pause(tx.connection, _row.with_for_update(read=True))

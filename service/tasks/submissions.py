@@ -5,10 +5,8 @@ hand is always recorded.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-from sqlalchemy import CompoundSelect, and_, or_, select, tuple_, update
-from sqlalchemy.sql.dml import ReturningUpdate
+from sqlalchemy import CompoundSelect, select
 
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
@@ -16,7 +14,7 @@ from service.events import outbox
 from service.queue import leases
 from service.tasks.fair_queue import FairQueue
 from service.tasks.ledger import entered
-from service.tasks.pause import held_back, locked_pause
+from service.tasks.pause import Pause, held_back, with_pause
 from service.tasks.rows import TaskRow
 from service.tasks.settlements import finish_at_once
 from service.tasks.state import State
@@ -55,43 +53,33 @@ class SubmissionStart:
 def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list[bytes | None]:
     """Moves tasks to `submitting`. Returns the body to send, or None if this process must not, as
     while submission is paused.
-
-    A task that is `submitting` starts a second time: the commit of the first start got no answer.
-    No request waits for these moves, so none is told of them.
     """
-    pause = locked_pause(tx)
-    if pause.message is not None:
-        for item, row in lock_leased(tx, items):
-            if row is not None and (row.state is State.QUEUED or item.resubmit):
-                held_back(tx, row, pause)
-        tx.write()
-    started = tx.connection.execute(_start(items, tx.now)).all()
-    # By the fence too: this process may have claimed the task again since an earlier lease ended.
-    bodies: dict[tuple[str, int], bytes] = {(id, fence): body for id, fence, body in started}
-    return [bodies.get((item.lease.key, item.lease.fence)) for item in items]
+    found = list(lock_leased(tx, items))
+    statement = with_pause(select(tasks.c.id, tasks.c.body))
+    mine = tasks.c.id.in_([row.id for _, row in found if row])
+    bodies = {
+        row[0]: (row[1], Pause(*row[2:])) for row in tx.connection.execute(statement.where(mine))
+    }
+    started: list[bytes | None] = []
+    for item, row in found:
+        body, pause = bodies[row.id] if row else (None, Pause())
+        started.append(body if row and _start(tx, row, item, pause) else None)
+    return started
 
 
-def _start(items: Sequence[SubmissionStart], now: int) -> ReturningUpdate[Any]:
-    id, state, until = tasks.c.id, tasks.c.state, tasks.c.submit_lease_until
-    again = [item.lease.key for item in items if item.resubmit]
-    held = tuple_(id, tasks.c.submit_fence).in_(
-        [(each.lease.key, each.lease.fence) for each in items]
-    )
-    ready = or_(
-        state.in_([State.QUEUED.value, State.SUBMITTING.value]),
-        and_(state == State.UNCERTAIN.value, id.in_(again)),
-    )
-    mine = select(id).where(
-        id.in_([item.lease.key for item in items]), held, until.is_not(None), ready
-    )
-    locked = mine.order_by(id).with_for_update().cte("locked").prefix_with("MATERIALIZED")
-    values = {state: State.SUBMITTING.value, until: now + max(item.call_ms for item in items)}
-    return (
-        update(tasks)
-        .where(id.in_(select(locked.c.id)))
-        .values(values)
-        .returning(id, tasks.c.submit_fence, tasks.c.body)
-    )
+def _start(tx: Transaction, row: TaskRow, item: SubmissionStart, pause: Pause) -> bool:
+    if row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit):
+        if held_back(tx, row, pause):
+            return False
+        awaited = row.id in tx.touched
+        move(tx, row, State.SUBMITTING)
+        if not awaited:
+            del tx.touched[row.id]  # no request waits for this
+    elif row.state is not State.SUBMITTING:
+        return False
+    # Otherwise this start runs a second time, because its commit got no answer.
+    tx.change(tasks, row.id, {"submit_lease_until": tx.now + item.call_ms})
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,9 @@ ERASED = "erased"
 # The row stays, so that the image's link can respond 410.
 GONE = {"state": ERASED, "blob": None, "source_url": "", "sha256": None, "error": None}
 # The columns of a task that a removal reads. The rest may be large.
-COLUMNS = (tasks.c.id, tasks.c.owner, tasks.c.state, tasks.c.error, tasks.c.erased_at)
+COLUMNS = tuple(
+    tasks.c[name] for name in ("id", "owner", "state", "upstream_id", "error", "erased_at")
+)
 OWN_PENDING = and_(deliveries.c.endpoint_id.is_(None), deliveries.c.state == "pending")
 
 
@@ -58,6 +60,7 @@ class Erased:
     refused: str | None = None
     blobs: tuple[str, ...] = ()
     copies: tuple[InputCopy, ...] = ()
+    upstream_id: str | None = None
 
 
 def erase_tasks(tx: Transaction, items: Sequence[Erasure]) -> list[Erased]:
@@ -102,7 +105,7 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
     for event in execute(select(events.c.id, events.c.data).where(about)):
         tx.change(events, event.id, {"data": bare_document(event.data, erased_at)})
     _strip(tx, row)
-    return Erased(None, blobs, copies)
+    return Erased(None, blobs, copies, row["upstream_id"])
 
 
 def _forget_task_images(tx: Transaction, task_id: str) -> tuple[str, ...]:

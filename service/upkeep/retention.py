@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from service.db.batching import Item, Result
 from service.db.transaction import Transaction
@@ -35,6 +36,8 @@ async def erase(resources: Resources, task_id: str, owner: str | None) -> str | 
     erased = await resources.store.write(expiry.erase_tasks, expiry.Erasure(task_id, owner))
     checkpoint("erase.committed")
     if erased.refused is None:
+        if erased.upstream_id:
+            bind_contextvars(upstream_id=erased.upstream_id)
         log.info("task.erased", images=len(erased.blobs))
         try:
             for name in erased.blobs:

@@ -44,7 +44,10 @@ def allowed_headers(headers: dict[str, str]) -> dict[str, str]:
     """
     if len(headers) > MAX_HEADERS:
         raise ValueError(f"has at most {MAX_HEADERS} headers, not {len(headers)}")
+    names = [name.lower() for name in headers]
     for name, value in headers.items():
+        if names.count(name.lower()) > 1:
+            raise ValueError(f"{name[:100]!r} is there twice: names differ not only in case")
         if not re.fullmatch(NAME, name):
             raise ValueError(f"{name[:100]!r} is reserved or no name of a header")
         if not re.fullmatch(VALUE, value):

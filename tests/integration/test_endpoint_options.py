@@ -334,6 +334,11 @@ async def test_static_headers_are_sent_and_kept_secret(here: World, shop: Shop) 
 WRONG: dict[str, tuple[str, Any, tuple[str, str]]] = {
     "a reserved name": ("headers", {"Webhook-Id": "x"}, ("headers", "Webhook-Id")),
     "the host": ("headers", {"HOST": "x"}, ("headers", "HOST")),
+    "one name twice": (
+        "headers",
+        {"X-Shop": "1", "x-shop": "2"},
+        ("headers", "X-Shop' is there twice"),
+    ),
     "the length": ("headers", {"content-length": "1"}, ("headers", "content-length")),
     "a proxy's name": ("headers", {"X-Forwarded-For": "1"}, ("headers", "X-Forwarded-For")),
     "a trace": ("headers", {"traceparent": "1"}, ("headers", "traceparent")),

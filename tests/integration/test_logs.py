@@ -220,6 +220,7 @@ async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
             answer = await client.get(f"/v1/tasks/{task['upstream_id']}")
             await here.stranger.get("/readyz")
             await here.stranger.get("/v1/nothing")
+            erasure = await client.delete(f"/v1/tasks/{task['id']}")
         parsed = [json.loads(line) for line in stream.getvalue().splitlines()]
     requests = {line["request_id"]: line for line in parsed if line["event"] == "http.request"}
     line = requests[answer.headers["x-request-id"]]
@@ -230,6 +231,9 @@ async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
         200,
     )
     assert line["bytes"] == len(answer.content)
+    erased = [line for line in parsed if line.get("request_id") == erasure.headers["x-request-id"]]
+    assert {line["event"] for line in erased} >= {"task.erased", "http.request"}
+    assert {line["upstream_id"] for line in erased} == {task["upstream_id"]}
     routes = [line["route"] for line in requests.values()]
     assert {None, "/v1/keys", "/v1/images/generations"} <= set(routes)
     assert not [route for route in routes if route and route.startswith(("/readyz", "/callbacks"))]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from service.cli.list_rows import why_held
 from tests.downloads import bytes_of, downloading, link, lost, made, steps
 from tests.hostile import Names
 from tests.upstream import Upstream, picture
@@ -78,6 +79,8 @@ async def waits(here: World, task: JSON, host: str, setting: str | None) -> None
     assert await causes(here) == ["result_hosts"]
     assert (await here.task(task["id"]))["state"] == "storing"
     assert ("image.retry", told["reason"]) in await steps(here, task)
+    said = why_held(await here.steps(task["id"]))
+    assert said == f"image 0 is not saved yet: {told['reason']}", "what darkroom submit --wait says"
 
 
 async def heals(folder: Path, upstream: Upstream, task: JSON, **corrected: Any) -> None:
