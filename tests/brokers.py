@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -180,15 +181,7 @@ def reader(kind: str, port: int, target: str) -> Callable[[], Awaitable[list[Tak
     read = {"nats": nats_taken, "redis": redis_taken, "kafka": kafka_taken, "amqp": amqp_taken}[
         kind
     ]
-    before: list[Taken] = []
-
-    async def taken() -> list[Taken]:
-        now = await read(port, target)
-        if kind == "amqp":  # a read removes the messages
-            before.extend(now)
-        return before or now
-
-    return taken
+    return partial(read, port, target)
 
 
 async def nats_taken(port: int, target: str) -> list[Taken]:
@@ -248,14 +241,14 @@ async def redis_taken(port: int, target: str) -> list[Taken]:
 
 
 async def amqp_taken(port: int, target: str) -> list[Taken]:
-    """Removes all messages from the queue and returns them."""
+    """All messages of the queue. None is acknowledged, so the broker puts them back."""
     found = []
     async with await aio_pika.connect(
         f"amqp://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/"
     ) as connection:
         channel = await connection.channel()
         queue = await channel.declare_queue(target, durable=True)
-        while (message := await queue.get(no_ack=True, fail=False)) is not None:
+        while (message := await queue.get(fail=False)) is not None:
             assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
             found.append(
                 Taken(

@@ -73,12 +73,16 @@ class SystemResolver:
                 self._places.give_back(holder)
             else:
                 self._begin(host, holder)
-        return await asyncio.shield(self._running[host])
+        look_up = self._running[host]
+        await asyncio.wait([look_up])  # a call that is given up leaves it to the others
+        return look_up.result()
 
     def _begin(self, host: str, holder: str) -> None:
-        def ended(_: object) -> None:
+        def ended(look_up: asyncio.Future[Sequence[str]]) -> None:
             del self._running[host]
             self._places.give_back(holder)
+            if not look_up.cancelled():
+                look_up.exception()  # known, even if every call was given up
 
         loop = asyncio.get_running_loop()
         self._running[host] = loop.run_in_executor(self._threads, addresses_of, host)

@@ -188,7 +188,7 @@ async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:
     figures = await subject.store.read(store_figures.figures)
     assert figures == {
         "tasks": {state.value: 0 for state in State},
-        "queue_depth": dict.fromkeys(QUEUES, 0),
+        "queue_depth": dict.fromkeys([*QUEUES, "inbox"], 0),
         "oldest_unsettled": None,
         "oldest_due_delivery": None,
         "first_link_dies": None,
@@ -229,6 +229,7 @@ async def test_the_figures_count_the_rows_of_the_store(subject: Subject) -> None
         "deliver": 1,
         "redeliver": 1,
         "replay": 0,
+        "inbox": 0,
     }
     assert (figures["oldest_unsettled"], figures["first_link_dies"]) == (
         waiting["created_at"],

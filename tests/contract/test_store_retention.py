@@ -155,7 +155,8 @@ async def test_an_erasure_removes_the_content_everywhere(subject: Subject) -> No
         DeliveryOutcome(await subject.claimed("deliver", sent["id"]), "delivered", answered),
     )
     assert (await everything(subject)).count(SECRET) >= 7
-    assert await erase(subject, task_id) == Erased(None, (image["blob"],))
+    upstream_id = (await subject.task(task_id))["upstream_id"]
+    assert await erase(subject, task_id) == Erased(None, (image["blob"],), upstream_id=upstream_id)
     left = await everything(subject)
     assert SECRET not in left
     assert image["sha256"] not in left
@@ -196,7 +197,8 @@ async def test_erasing_again_changes_nothing(subject: Subject) -> None:
     assert len((await erase(subject, task_id)).blobs) == 1
     before = await everything(subject)
     subject.clock.shift(DAY)
-    assert await erase(subject, task_id) == Erased()
+    upstream_id = (await subject.task(task_id))["upstream_id"]
+    assert await erase(subject, task_id) == Erased(upstream_id=upstream_id)
     assert await everything(subject) == before
 
 

@@ -3,6 +3,7 @@ owner has a fair share of the threads.
 """
 
 import asyncio
+import gc
 import socket
 import threading
 from collections.abc import AsyncIterator, Coroutine
@@ -15,7 +16,7 @@ from service.errors import NotConnected
 from service.fair_places import HOLDER
 from service.net import egress_client
 from service.net.egress_client import Egress, Rules
-from service.net.transport import LOOKUPS, LOOKUPS_REST
+from service.net.transport import LOOKUPS, LOOKUPS_REST, SystemResolver
 from tests.waiting import wait_until
 
 SHARE = LOOKUPS // (LOOKUPS_REST + 1) + 1
@@ -124,3 +125,28 @@ async def test_a_name_without_an_address_is_looked_up_again(
                 await egress.check("https://late.test/")
     await egress.check("https://late.test/")
     assert server.asked == ["late.test"] * 3
+
+
+async def test_a_look_up_that_fails_after_its_call_was_given_up_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody waits for the error any more. asyncio would report it as never retrieved."""
+    answered, asked, faults = threading.Event(), list[str](), list[Any]()
+
+    def fail(host: str, *_: object, **__: object) -> list[object]:
+        asked.append(host)
+        answered.wait(60)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "call_exception_handler", faults.append)
+    resolver = SystemResolver("test")
+    call = asyncio.create_task(resolver("gone.test"))
+    await wait_until(lambda: asked)
+    call.cancel()
+    await asyncio.wait([call])
+    answered.set()
+    await wait_until(lambda: not resolver._running)
+    gc.collect()
+    assert faults == []
