@@ -102,7 +102,7 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
     for callback, verdict in zip(callbacks, give_verdicts(tx, tasks, callbacks), strict=True):
         waited_ms, size = tx.now - callback.received_at, rows[callback.id].size
         judged[callback.task_id].append(Judged(callback, verdict, size, max(0, waited_ms)))
-    return [judged[item.task_id] for item in items]
+    return [judged.pop(item.task_id, []) for item in items]  # a task may be there twice
 
 
 @dataclass(slots=True)
