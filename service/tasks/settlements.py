@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import select
+
 from service.db.transaction import Lease, Transaction
 from service.queue import leases
 from service.queue.backoff import results_wait
@@ -19,6 +21,8 @@ from service.tasks.results import (
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
 from service.tasks.transitions import (
+    VERDICT_MS,
+    callback_waits,
     change,
     end,
     fill,
@@ -123,6 +127,8 @@ def _unsettled(tx: Transaction, row: TaskRow, item: Settlement, why: str) -> int
     again_at = tx.now + (min(wait_ms, item.latest_ms - age) if age < item.latest_ms else wait_ms)
     expired = item.expires_ms is not None and age >= item.expires_ms
     if expired and row.state is State.SUBMITTED:
+        if tx.connection.scalar(select(callback_waits(row.id))):
+            return tx.now + VERDICT_MS
         end(tx, row, State.EXPIRED, task_error("expired", why))
     if row.terminal and row.settled_digest is not None:
         return _await_links(tx, row, item)

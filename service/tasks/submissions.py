@@ -19,6 +19,8 @@ from service.tasks.rows import TaskRow
 from service.tasks.settlements import finish_at_once
 from service.tasks.state import State
 from service.tasks.transitions import (
+    VERDICT_MS,
+    callback_waits,
     change,
     end,
     keep_raw,
@@ -55,21 +57,31 @@ def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list
     while submission is paused.
     """
     found = list(lock_leased(tx, items))
-    statement = with_pause(select(tasks.c.id, tasks.c.body))
+    statement = with_pause(select(tasks.c.id, tasks.c.body, callback_waits(tasks.c.id)))
     mine = tasks.c.id.in_([row.id for _, row in found if row])
     bodies = {
-        row[0]: (row[1], Pause(*row[2:])) for row in tx.connection.execute(statement.where(mine))
+        row[0]: (row[1], row[2], Pause(*row[3:]))
+        for row in tx.connection.execute(statement.where(mine))
     }
     started: list[bytes | None] = []
     for item, row in found:
-        body, pause = bodies[row.id] if row else (None, Pause())
-        started.append(body if row and _start(tx, row, item, pause) else None)
+        body, called, pause = bodies[row.id] if row else (None, False, Pause())
+        started.append(body if row and _start(tx, row, item, pause, called=called) else None)
     return started
 
 
-def _start(tx: Transaction, row: TaskRow, item: SubmissionStart, pause: Pause) -> bool:
+def _start(
+    tx: Transaction, row: TaskRow, item: SubmissionStart, pause: Pause, *, called: bool
+) -> bool:
+    """`called`: a callback waits for its verdict. It may prove that an earlier call created the
+    task, so no second call may create another one.
+    """
     if row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit):
         if held_back(tx, row, pause):
+            return False
+        if called:
+            uncounted = {"attempts": row.submit_attempts - 1}
+            change(tx, row, **leases.release("submit", tx.now + VERDICT_MS, **uncounted))
             return False
         awaited = row.id in tx.touched
         move(tx, row, State.SUBMITTING)
@@ -132,7 +144,7 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
                 if raw:
                     keep_raw(tx, row.id, "submission", raw)
             case None if held and row.state is State.UNCERTAIN and not row.resubmit:
-                end_uncertain(tx, row)
+                _decide(tx, row)
         if row.terminal:
             entered(tx, row, "submit")
         released = leases.release("submit", row.submit_due_at) if held else {}
@@ -215,6 +227,14 @@ def _doubt(
         values = {"resubmit": False}
     move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + item.decide_ms, **values)
     tx.step(row.id, "task.submission_uncertain", reason=reason)
+
+
+def _decide(tx: Transaction, row: TaskRow) -> None:
+    """Fails an uncertain task whose time is up, unless a callback may prove what became of it."""
+    if tx.connection.scalar(select(callback_waits(row.id))):
+        row.submit_due_at = tx.now + VERDICT_MS
+    else:
+        end_uncertain(tx, row)
 
 
 def end_uncertain(tx: Transaction, row: TaskRow) -> None:

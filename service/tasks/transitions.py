@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import CompoundSelect, delete, or_, select
+from sqlalchemy import ColumnElement, CompoundSelect, Exists, delete, exists, or_, select
 
+from service.db.inbox_table import inbox
 from service.db.tables import images, steps, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
@@ -22,6 +23,7 @@ REPLACES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("h
 RAW_KEPT = 3  # unreadable responses of one task
 
 HELD = "held: the upstream refuses our key"  # of the step `task.held`
+VERDICT_MS = 1000  # between looks of a decision that waits for the verdict on a callback
 
 
 class Leased(Protocol):
@@ -45,6 +47,11 @@ def lock_leased(tx: Transaction, items: Sequence[Work]) -> Iterator[tuple[Work, 
     for item in items:
         row = rows.get(item.lease.key)
         yield item, row if row is not None and leases.holds(item.lease, row) else None
+
+
+def callback_waits(task_id: ColumnElement[str] | str) -> Exists:
+    """Whether a callback of the task waits for its verdict. It may prove what time would decide."""
+    return exists().where(inbox.c.task_id == task_id)
 
 
 def change(tx: Transaction, row: TaskRow | ImageRow, **values: Any) -> None:
