@@ -140,11 +140,10 @@ class InboxWorker:
             raise StoreUnavailable("the callback could not be committed in time") from error
         checkpoint("inbox.committed")
         resources.metrics.callback_commit_seconds.observe(time.monotonic() - arrived)
-        await self._bound(task_id)
 
-    async def _bound(self, task_id: str) -> None:
+    async def bound(self, task_id: str) -> None:
         """Judges a task after every `KEPT` callbacks, so that without a worker its rows do not
-        become many.
+        become many. The response does not wait for it.
         """
         self._recent[task_id] += 1
         if self._recent[task_id] >= KEPT:

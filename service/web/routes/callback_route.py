@@ -106,6 +106,7 @@ class CallbackRoute:
         else:
             await discard(receive)
             await refuse(scope, send, 413)
+        await context.inbox.bound(task_id)
 
 
 def has_long_body(scope: Scope) -> bool:
