@@ -59,6 +59,7 @@ from service.web.site import site_routes
 log = structlog.get_logger()
 
 REPLAYS = 4  # concurrent pages
+JUDGE_FIRST_S = 5.0  # a start judges waiting callbacks so long before it does anything else
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,9 @@ async def running(
             settings, role, resources, catalogue, validator, breaker, pause, gate, brokers, stopping
         )
         if role.workers:
-            await context.inbox.drain()  # proof that arrived comes before a decision by time
+            with suppress(TimeoutError):  # a long inbox must not hold up the start
+                async with asyncio.timeout(JUDGE_FIRST_S):
+                    await context.inbox.drain()
         jobs = process_jobs(settings, context, pool, brokers, role.name)
         metrics.processes.labels(role.name).set(1)
         tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]

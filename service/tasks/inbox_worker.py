@@ -157,7 +157,13 @@ class InboxWorker:
         with self.resources.store.signals.listen(SIGNAL) as arrived:
             while True:
                 arrived.clear()
-                wait_s = LOOK_S if await self.drain() and not self._held else AGAIN_S
+                drained = False
+                try:
+                    drained = await self.drain()
+                except Exception as error:  # noqa: BLE001 - without this job, callbacks would wait
+                    self.resources.metrics.worker_faults.labels("inbox").inc()
+                    log_failure("inbox", None, None, AGAIN_S, error)
+                wait_s = LOOK_S if drained and not self._held else AGAIN_S
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await arrived.wait()
@@ -175,8 +181,12 @@ class InboxWorker:
                 checkpoint("inbox.waiting")
             judging = [self.judge(task_id) for task_id in dict.fromkeys(ids)]
             # A stop leaves a transaction under way to its end, with the lines of its verdicts.
-            if not all(await asyncio.shield(asyncio.gather(*judging))):
+            done = await asyncio.shield(asyncio.gather(*judging))
+            if ids and not any(done):
                 return False
+            for task_id, written in zip(dict.fromkeys(ids), done, strict=True):
+                if not written:  # it may be these rows that the store cannot write
+                    self._hold(task_id)
             if len(ids) < ROWS:  # a later row gives a signal
                 for task_id in self._held.keys() - {*held, *ids}:
                     del self._held[task_id]  # another process has judged its rows
@@ -193,9 +203,7 @@ class InboxWorker:
         except StoreUnavailable:
             return False
         except Exception as error:  # noqa: BLE001 - logged, counted, tried again
-            attempt = self._held.get(task_id, (0, 0.0))[0] + 1
-            wait_s = fault_wait(attempt)
-            self._held[task_id] = attempt, asyncio.get_running_loop().time() + wait_s
+            attempt, wait_s = self._hold(task_id)
             resources.metrics.worker_faults.labels("inbox").inc()
             log_failure("inbox", task_id, attempt, wait_s, error)
             return True
@@ -203,6 +211,13 @@ class InboxWorker:
         for each in judged:
             self._tell(each)
         return True
+
+    def _hold(self, task_id: str) -> tuple[int, float]:
+        """Holds a task back. Returns its failures, and the seconds until the next try."""
+        attempt = self._held.get(task_id, (0, 0.0))[0] + 1
+        wait_s = fault_wait(attempt)
+        self._held[task_id] = attempt, asyncio.get_running_loop().time() + wait_s
+        return attempt, wait_s
 
     def _tell(self, judged: Judged) -> None:
         callback, verdict = judged.callback, judged.verdict
