@@ -261,7 +261,7 @@ def insert_tasks(
     owners, rows = {item.owner for item in items}, _earlier(items)
     limited, known = (queue := FairQueue(tx, owners, (has_budget(owners), rows.exists()))).found
     check = BudgetCheck(tx, owners if limited else (), unpriced=unpriced)  # locks first
-    existing = _existing(tx, rows) if known else {}
+    existing = _existing(tx, rows) if known or limited else {}  # also of who held a budget's lock
     results = []
     for item in items:
         key = (item.owner, item.idempotency_key)

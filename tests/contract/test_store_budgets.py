@@ -1,15 +1,20 @@
 """Budgets: checked and reserved in the transaction that inserts the task (docs/money.md)."""
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from service.db.money_tables import budgets, ledger
 from service.db.paging import Selection
 from service.db.tables import events, tasks
+from service.db.transaction import Transaction
 from service.tasks.accept import Inserted, insert_also_unpriced, insert_tasks
 from service.tasks.budgets import Budget, BudgetState, budget_states, period_start, set_budgets
+from service.tasks.rows import TaskRow
 from tests.contract.subject import DAY, OWNER, Subject, completed, creates_nothing, failed, new_id
 
 ONE, URL = 1_000_000, "https://r.test/0"
@@ -69,6 +74,25 @@ async def test_a_repeated_key_is_no_new_task_for_the_budget(subject: Subject) ->
     first = await insert(subject, **wish)
     again = await insert(subject, **wish)
     assert (again.task_id, again.created, again.refusal) == (first.task_id, False, None)
+
+
+async def test_a_key_that_another_process_inserts_meanwhile_is_no_new_task(
+    two: tuple[Subject, Subject],
+) -> None:
+    """The second process waits for the lock of a budget that the first one uses up."""
+    await budget(two[0], 3)
+    wish: dict[str, Any] = {**PRICED, "idempotency_key": "once", "idempotency_hash": "h"}
+
+    def slowly(tx: Transaction, items: Sequence[TaskRow]) -> list[Inserted]:
+        inserted = insert_tasks(tx, items)
+        tx.write()
+        tx.connection.execute(text("SELECT pg_sleep(0.3)"))
+        return inserted
+
+    slow = asyncio.create_task(two[0].write(slowly, two[0].wish(**wish)))
+    await asyncio.sleep(0.1)
+    again = await insert(two[1], **wish)
+    assert (again.task_id, again.created, again.refusal) == ((await slow).task_id, False, None)
 
 
 async def test_a_release_and_a_cheaper_end_make_room(subject: Subject) -> None:

@@ -13,8 +13,9 @@ from service.db.tables import callbacks
 from service.db.transaction import Transaction
 from service.tasks.inbox_worker import Judged, Waiting, insert_callbacks, judge_callbacks
 from service.tasks.inbox_worker import waiting_tasks as waiting
+from service.tasks.state import State
 from service.upstreams.base import Report, Status
-from tests.contract.subject import DAY, SECOND, Subject, new_id, upstream_id
+from tests.contract.subject import DAY, SECOND, UNDECIDED, Subject, new_id, upstream_id
 
 URL = "https://files.evolink.ai/0.png"
 
@@ -105,6 +106,33 @@ async def test_the_oldest_rows_come_first_and_those_held_back_not_at_all(subject
         await subject.write(insert_callbacks, row(task_id))
     assert await subject.store.read(waiting, []) == [two, one, two]
     assert await subject.store.read(waiting, [two]) == [one]
+
+
+async def test_a_task_that_is_judged_twice_in_a_batch_gets_each_verdict_once(
+    subject: Subject,
+) -> None:
+    """The worker and the process that serves may judge it at the same time."""
+    task_id = await subject.submitted()
+    await subject.write(insert_callbacks, row(task_id))
+    assert await judged(subject, task_id, task_id) == [["accepted"], []]
+
+
+async def test_nothing_is_decided_by_time_while_a_callback_waits(subject: Subject) -> None:
+    """It may prove that an uncertain submission created its task, or how a silent task ended."""
+    failing, again = [await subject.uncertain() for _ in range(2)]
+    silent = await subject.submitted()
+    for task_id in (failing, again, silent):
+        await subject.write(insert_callbacks, row(task_id, "processing"))
+    subject.clock.shift(2 * DAY)
+    lease = await subject.claimed("submit", failing)
+    assert await subject.submission(lease, UNDECIDED) is State.UNCERTAIN
+    assert await subject.start(await subject.claimed("submit", again), resubmit=True) is None
+    assert await subject.settle(silent, None, expires_ms=DAY) is State.SUBMITTED
+    subject.clock.shift(SECOND)
+    assert await subject.start(await subject.claimed("submit", again), resubmit=True) is None
+    assert await judged(subject, failing, again, silent) == [["accepted"]] * 3
+    assert [await subject.state(each) for each in (failing, again)] == [State.SUBMITTED] * 2
+    assert await subject.settle(silent, None, expires_ms=DAY) is State.EXPIRED
 
 
 async def test_a_callback_of_an_unknown_upstream_fails_alone(subject: Subject) -> None:

@@ -2,10 +2,12 @@
 cannot be judged.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 from structlog.testing import capture_logs
 
 from service.app import Role
@@ -108,6 +110,27 @@ async def test_a_row_that_cannot_be_judged_holds_up_no_other(
         (line,) = [line for line in lines if line["event"] == "worker.failed"]
         assert (line["stage"], line["key"], line["attempt"]) == ("inbox", stuck["id"], 1)
         assert [row["task_id"] for row in await rows(here)] == [stuck["id"]]
+
+
+async def test_the_worker_goes_on_after_a_fault_of_its_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream, looks = Upstream(), iter([True])
+    look = inbox_worker.waiting_tasks
+
+    def fails_once(connection: Connection, held: Collection[str]) -> list[str]:
+        if next(looks, False):
+            raise ValueError("no error of the store")
+        return look(connection, held)
+
+    async with world(tmp_path, upstream=upstream.app, reconcile_after_s=600) as here:
+        task = await here.submit()
+        upstream.queries[task["upstream_id"]] = [failed("service_error")]
+        monkeypatch.setattr(inbox_worker, "waiting_tasks", fails_once)
+        with capture_logs() as lines:
+            await sent(here, task["id"], said(task, "failed"))
+            await here.ended(task["id"])
+    assert [line["stage"] for line in lines if line["event"] == "worker.failed"] == ["inbox"]
 
 
 async def test_a_worker_of_another_process_hears_of_a_callback(
