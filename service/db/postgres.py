@@ -33,7 +33,9 @@ READERS = 5
 HINT_BYTES = 7999  # PostgreSQL's limit of a notification
 WATCH_AGAIN_S = 1.0
 # The database's clock is read again after this, and at once if its answer took longer than SLOW_NS.
-FRESH_NS, SLOW_NS = 1_000_000_000, 100_000_000
+# Clocks of processes differ by at most that. A row that is due now by one of them and not yet by
+# another one waits for the other one's next look.
+FRESH_NS, SLOW_NS = 1_000_000_000, 10_000_000
 STALLED_MS = 10_000
 STALLED_LOOK_S = 5.0
 SESSION = {
@@ -94,8 +96,9 @@ class PostgresStore(BatchingStore):
         """The database's time. For a second after it was read, it costs no round trip."""
         if (asked := steady_ns()) >= self._fresh_until:
             time = connection.execute(NOW).scalar_one()
-            self._looked = (time, steady_ns())
-            self._fresh_until = asked + FRESH_NS if self._looked[1] - asked < SLOW_NS else 0
+            took = steady_ns() - asked
+            self._looked = (time, asked + took // 2)
+            self._fresh_until = asked + FRESH_NS if took < SLOW_NS else 0
         return self.clock()
 
     def clock(self) -> int:
