@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.traps import Place, Trap, connects, trap
 from tests.upstream import Upstream, document
+from tests.waiting import wait_until
 from tests.world import World, world
 
 JSON = dict[str, Any]
@@ -230,6 +231,11 @@ class Guarded:
         """A task that the upstream has completed with these results."""
         task = await self.world.submit()
         await self.calls_back(task, document("completed", *results))
+
+        async def confirmed() -> bool:
+            return (await self.world.task(task["id"]))["state"] not in ("queued", "submitted")
+
+        await wait_until(confirmed)
         return task
 
     async def completed(self, *results: str) -> JSON:

@@ -117,7 +117,7 @@ def postgres_running(binaries: Path) -> Iterator[str]:
             "-l",
             str(folder / "log"),
             "-o",
-            f"-c listen_addresses= -k {folder} -c max_connections=200",
+            f"-c listen_addresses= -k {folder} -c max_connections=500",
             "start",
         )
         try:

@@ -16,6 +16,7 @@ from service.cli.list_rows import why_held
 from tests.downloads import bytes_of, downloading, link, lost, made, steps
 from tests.hostile import Names
 from tests.upstream import Upstream, picture
+from tests.waiting import wait_until
 from tests.world import JSON, World
 
 HOSTS, NETWORKS = "DARKROOM_EVOLINK_RESULT_HOSTS", "DARKROOM_UPSTREAM_NETWORKS"
@@ -77,7 +78,11 @@ async def waits(here: World, task: JSON, host: str, setting: str | None) -> None
     assert host in told["reason"]
     assert setting is None or setting in told["reason"]
     assert await causes(here) == ["result_hosts"]
-    assert (await here.task(task["id"]))["state"] == "storing"
+
+    async def storing() -> bool:
+        return bool((await here.task(task["id"]))["state"] == "storing")
+
+    await wait_until(storing)
     assert ("image.retry", told["reason"]) in await steps(here, task)
     said = why_held(await here.steps(task["id"]))
     assert said == f"image 0 is not saved yet: {told['reason']}", "what darkroom submit --wait says"

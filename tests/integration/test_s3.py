@@ -113,7 +113,11 @@ async def test_a_bucket_that_is_away_delays_images_and_nothing_else(
             }
             task = got(await here.client.post(SUBMIT, json=order()))
             await wait_until(lambda: any(line["event"] == "image.retry" for line in lines))
-            assert (await here.task(task["id"]))["state"] == "storing"
+
+            async def storing() -> bool:
+                return bool((await here.task(task["id"]))["state"] == "storing")
+
+            await wait_until(storing)
             async with httpx.AsyncClient(trust_env=False) as anybody:
                 assert (await anybody.put(f"{s3_server}/{late}")).status_code == 200
             (image,) = (await here.ended(task["id"]))["images"]

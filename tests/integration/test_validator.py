@@ -280,7 +280,11 @@ async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path)
 
         await wait_until(fetched)
         await called(here, await here.submit(), "completed", link(here, "a.png"))
-        assert (await here.task(second["id"]))["state"] == "storing"
+
+        async def storing() -> bool:
+            return bool((await here.task(second["id"]))["state"] == "storing")
+
+        await wait_until(storing)
         os.kill(pid, signal.SIGCONT)
         assert (await here.ended(second["id"]))["state"] == "completed"
 
