@@ -4,13 +4,14 @@ the alert fire, follows docs/runbook.md and sees the alert clear.
 Windows, delays and thresholds of the rules are shorter than in production.
 """
 
+import asyncio
 import json
 import re
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import yaml  # type: ignore[import-untyped]
 
 from service.db.queues import QUEUES
 from service.ops.metrics import STAGES, Metrics
+from service.setting_types import keys_of
+from service.signing import Keyring
+from service.web.overload import SHED_AT
 from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
 from tests.disks import small_disk
@@ -409,6 +413,31 @@ async def test_a_store_that_does_not_commit(scene: Scene) -> None:
         await scene.firing("DarkroomStoreFailing")
         db.rollback()
     await scene.clear("DarkroomStoreFailing")
+
+
+async def test_clients_that_are_shed(scene: Scene) -> None:
+    """The bodies of many callbacks are slow. Clients get 503 meanwhile, and the log says so."""
+    ring = Keyring(keys_of((scene.folder / "data" / "secret.key").read_text().strip()))
+    task = "task_" + "a" * 26
+    path = f"/callbacks/evolink/{task}/{ring.callback_token('evolink', task)}"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n".encode()
+    key = {"authorization": f"Bearer {ADMIN_KEY}"}
+    async with (
+        AsyncExitStack() as stack,
+        httpx.AsyncClient(base_url=scene.url, headers=key, trust_env=False) as client,
+    ):
+        for _ in range(SHED_AT + 20):
+            _, writer = await asyncio.open_connection("127.0.0.1", scene.port)
+            stack.callback(writer.close)
+            writer.write(head)
+
+        async def shed() -> bool:
+            return (await client.get("/v1/tasks")).status_code == 503
+
+        await wait_until(shed)
+    await wait_until(lambda: scene.running[-1].logged("http.shed"))
+    await scene.firing("DarkroomShedding")
+    await scene.clear("DarkroomShedding")
 
 
 async def test_no_worker_and_late_deliveries(postgres_url: str, tmp_path: Path) -> None:
