@@ -136,7 +136,7 @@ async def test_nothing_is_decided_by_time_while_a_callback_waits(subject: Subjec
 
 
 async def test_a_callback_of_an_unknown_upstream_fails_alone(subject: Subject) -> None:
-    """A worker of another version may not know the upstream. The row waits for one that does."""
+    """A worker of another version may lack the upstream. The row waits for a worker that has it."""
     known, foreign = [await subject.submitted() for _ in range(2)]
     await subject.write(insert_callbacks, row(known))
     await subject.write(insert_callbacks, row(foreign) | {"upstream": "another"})

@@ -130,7 +130,7 @@ async def test_a_name_without_an_address_is_looked_up_again(
 async def test_a_look_up_that_fails_after_its_call_was_given_up_is_no_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody waits for the error any more. asyncio would report it as never retrieved."""
+    """No call waits for the error. asyncio would report it as never retrieved."""
     answered, asked, faults = threading.Event(), list[str](), list[Any]()
 
     def fail(host: str, *_: object, **__: object) -> list[object]:

@@ -1,10 +1,10 @@
 """The upstream and the receiver of all contenders: `python -m tests.bench.peers.upstream HELD
 ANSWER_S`.
 
-An upstream as documented: each submission is a new paid task, whatever its idempotency key is. The
-task exists from the moment of its request, and the answer leaves `ANSWER_S` later. With `called`
-the callback comes half a second after the answer, and again after 1, 2 and 4 s. With `held` none is
-sent: the bench sends them itself.
+An upstream as documented: each submission is a new paid task, also with the idempotency key of
+another. The task exists from the moment of its request, and the answer leaves `ANSWER_S` later.
+With `called` the callback comes half a second after the answer, and again after 1, 2 and 4 s. With
+`held` none is sent: the bench sends them itself.
 
 It notes all that reaches it. `GET /bench/seen` has the orders by prompt (`[[upstream's id, callback
 URL, time], …]`), the events in the order of their arrival (`[time, headers, body]`) and the ids
