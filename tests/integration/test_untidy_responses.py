@@ -81,14 +81,14 @@ async def completed(here: World, server: Scripted, name: str) -> JSON:
 async def delivery(here: World, task: JSON) -> JSON:
     """The delivery of a task's terminal event, after its first attempt."""
 
-    async def attempted() -> JSON | None:
-        listed = await here.client.get("/v1/deliveries", params={"task": task["id"]})
-        made: JSON = (
-            await here.client.get(f"/v1/deliveries/{listed.json()['data'][0]['id']}")
-        ).json()
-        return made if made["attempts"] else None
+    listed = await here.client.get("/v1/deliveries", params={"task": task["id"]})
+    url = f"/v1/deliveries/{listed.json()['data'][0]['id']}"
 
-    found: JSON = await wait_until(attempted)
+    async def attempted() -> bool:
+        return bool((await here.client.get(url)).json()["attempts"])
+
+    await wait_until(attempted)
+    found: JSON = (await here.client.get(url)).json()  # the first may be of two moments
     return found
 
 
