@@ -22,7 +22,7 @@ from service.events.webhooks import WebhookSender
 from service.images.download_worker import DownloadWorker
 from service.images.downloads import dead_letter_image
 from service.images.input_files import InputFiles
-from service.images.input_links import InputResolver
+from service.images.input_sources import InputResolver
 from service.images.validator import ImageValidator, open_validator
 from service.jobs import process_jobs
 from service.ops import garbage

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.images.validation import ValidImage
+from service.images.validated_image import ValidImage
 from service.images.validator_child import MEDIA_TYPES, check_image
 from tests.pictures import bombs, broken, samples
 

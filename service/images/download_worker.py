@@ -34,7 +34,7 @@ from service.images.downloads import (
     record_downloads,
 )
 from service.images.inline_results import inline_result
-from service.images.validation import InvalidImage, Validation
+from service.images.validated_image import InvalidImage, Validation
 from service.images.validator import ImageValidator
 from service.links import is_data, usable
 from service.net.retry_after import retry_after

@@ -6,7 +6,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from service.images.validation import InvalidImage, MeasuredImage, ValidImage
+from service.images.validated_image import InvalidImage, MeasuredImage, ValidImage
 
 INPUT_TYPES = {
     "JPEG": "image/jpeg",

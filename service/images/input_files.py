@@ -13,7 +13,7 @@ import structlog
 from service.blobs.blob_store import CHUNK, Incoming
 from service.errors import ApiError, BlobUnavailable
 from service.ids import blob_name
-from service.images.validation import InvalidImage, MeasuredImage, Validation
+from service.images.validated_image import InvalidImage, MeasuredImage, Validation
 from service.images.validator import ImageValidator
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
@@ -25,7 +25,7 @@ from service.tasks.files import (
     insert_files,
     store_files,
 )
-from service.tasks.input_copies import InputCopies
+from service.tasks.upstream_copies import InputCopies
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_images import formats_of, image_complaint, too_long
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from service.errors import BlobUnavailable
 from service.fair_places import FairPlaces
-from service.images.validation import InvalidImage, MeasuredImage, Validation, ValidImage
+from service.images.validated_image import InvalidImage, MeasuredImage, Validation, ValidImage
 
 WALL_S = 120.0
 # The child's program. The last argument is where it imports from, because its environment is empty.

@@ -28,7 +28,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from service.content_coding import decompress
 from service.images.input_check import INPUT_TYPES, check_input
-from service.images.validation import InvalidImage, ValidImage
+from service.images.validated_image import InvalidImage, ValidImage
 
 MEDIA_TYPES = {
     "PNG": "image/png",

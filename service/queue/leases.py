@@ -22,7 +22,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction, one_by_one
-from service.queue.shares import claimable, take_slot, use_slot
+from service.queue.owner_shares import claimable, take_slot, use_slot
 
 LEASE_MS = 30_000
 RENEW_S = 10.0

@@ -10,7 +10,7 @@ from service.db.transaction import Lease
 from service.errors import StoreUnavailable
 from service.fair_places import has_share
 from service.queue.crashes import DeadLetter
-from service.queue.shares import REST
+from service.queue.owner_shares import REST
 
 log = structlog.get_logger()
 

@@ -20,13 +20,6 @@ from service.resources import Resources
 from service.tasks import task_queries
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import QueryPlan
-from service.tasks.input_copies import (
-    InputCopies,
-    InputFailure,
-    InputProblem,
-    record_input_failures,
-    with_input_links,
-)
 from service.tasks.pause import PauseWatch, hold_paused
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
@@ -35,6 +28,13 @@ from service.tasks.submissions import (
     SubmissionStart,
     record_submissions,
     start_submissions,
+)
+from service.tasks.upstream_copies import (
+    InputCopies,
+    InputFailure,
+    InputProblem,
+    record_input_failures,
+    with_input_links,
 )
 from service.upstreams.base import (
     Accepted,

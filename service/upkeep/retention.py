@@ -20,8 +20,8 @@ from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.audit import FORGOTTEN, forget_acts
-from service.tasks.input_copies import InputCopies
-from service.upkeep import expiry, file_expiry
+from service.tasks.upstream_copies import InputCopies
+from service.upkeep import file_retention, retention_sql
 
 log = structlog.get_logger()
 
@@ -33,7 +33,9 @@ async def erase(resources: Resources, task_id: str, owner: str | None) -> str | 
     """Erases a task for good. Returns None, or why not: `missing`, or the state of a task that has
     not ended.
     """
-    erased = await resources.store.write(expiry.erase_tasks, expiry.Erasure(task_id, owner))
+    erased = await resources.store.write(
+        retention_sql.erase_tasks, retention_sql.Erasure(task_id, owner)
+    )
     checkpoint("erase.committed")
     if erased.refused is None:
         if erased.upstream_id:
@@ -70,19 +72,19 @@ class Retention:
         before = self.clock() - round(self.days * DAY_MS)
         try:
             await self._events(before, removed)
-            await self._repeat(expiry.forget_replays, before, expiry.REPLAYS)
-            while (stripped := await self._write(expiry.strip_tasks, before)).tasks:
+            await self._repeat(retention_sql.forget_replays, before, retention_sql.REPLAYS)
+            while (stripped := await self._write(retention_sql.strip_tasks, before)).tasks:
                 removed["tasks"] += stripped.tasks
                 await self._delete(stripped.blobs)
-            while blobs := await self._write(file_expiry.forget_files, self.clock()):
+            while blobs := await self._write(file_retention.forget_files, self.clock()):
                 removed["files"] += len(blobs)
                 await self._delete(blobs)
-            await self._write(file_expiry.forget_file_rows, self.clock())
+            await self._write(file_retention.forget_file_rows, self.clock())
             before = self.clock() - round(self.audit_days * DAY_MS)
             await self._repeat(forget_acts, before, FORGOTTEN)
             if self.image_days is not None:
                 before = self.clock() - round(self.image_days * DAY_MS)
-                while blobs := await self._write(expiry.forget_images, before):
+                while blobs := await self._write(retention_sql.forget_images, before):
                     removed["images"] += len(blobs)
                     await self._delete(blobs)
         finally:
@@ -96,11 +98,15 @@ class Retention:
 
     async def _events(self, before: int, removed: dict[str, int]) -> None:
         last, read = 0, self.resources.store.read
-        while (page := await read(expiry.old_events, last, before)) is not None:
+        while (page := await read(retention_sql.old_events, last, before)) is not None:
             await self._repeat(
-                expiry.forget_deliveries, page.events, expiry.DELIVERIES, removed, "deliveries"
+                retention_sql.forget_deliveries,
+                page.events,
+                retention_sql.DELIVERIES,
+                removed,
+                "deliveries",
             )
-            removed["events"] += await self._write(expiry.forget_events, page.events)
+            removed["events"] += await self._write(retention_sql.forget_events, page.events)
             last = page.last
 
     async def _repeat(

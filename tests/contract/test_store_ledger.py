@@ -12,7 +12,7 @@ from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.state import State
 from service.tasks.transitions import dead_letter_task
-from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
+from service.upkeep.retention_sql import Erasure, erase_tasks, strip_tasks
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     DAY,

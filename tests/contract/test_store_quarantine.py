@@ -3,7 +3,7 @@
 from service.ids import quarantine_name
 from service.images.downloads import Quarantined, Retry, quarantined_bodies, shown_image
 from service.images.sweep import orphans
-from service.upkeep.expiry import strip_tasks
+from service.upkeep.retention_sql import strip_tasks
 from tests.contract.subject import LOST, SECOND, Subject, stored
 from tests.contract.test_store_retention import erase
 

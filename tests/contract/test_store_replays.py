@@ -22,7 +22,7 @@ from service.events.replays import (
     replay_page,
     replay_row,
 )
-from service.upkeep.expiry import forget_deliveries, forget_events, forget_replays
+from service.upkeep.retention_sql import forget_deliveries, forget_events, forget_replays
 from tests.contract.subject import DAY, LEASE, OWNER, SECOND, Subject, new_id
 from tests.outbox import Made, emit
 

@@ -20,8 +20,8 @@ from service.links import Links
 from service.tasks import task_queries
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.state import State
-from service.upkeep import expiry
-from service.upkeep.expiry import (
+from service.upkeep import retention_sql
+from service.upkeep.retention_sql import (
     Erased,
     Erasure,
     OldEvents,
@@ -87,8 +87,8 @@ async def outbox(subject: Subject, before: int) -> tuple[int, int]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a few rows reach."""
-    monkeypatch.setattr(expiry, "EVENTS", 2)
-    monkeypatch.setattr(expiry, "DELIVERIES", 2)
+    monkeypatch.setattr(retention_sql, "EVENTS", 2)
+    monkeypatch.setattr(retention_sql, "DELIVERIES", 2)
 
 
 async def forgotten(subject: Subject) -> int:
@@ -377,7 +377,7 @@ async def test_old_tasks_go_the_oldest_first(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each transaction takes a limited number until none is left."""
-    monkeypatch.setattr(expiry, "TASKS", 2)
+    monkeypatch.setattr(retention_sql, "TASKS", 2)
     made = []
     for _ in range(3):
         made.append(await subject.completed())
@@ -489,7 +489,7 @@ async def test_deliveries_of_one_event_go_in_batches(subject: Subject) -> None:
 
 
 async def test_replays_go_in_batches(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expiry, "REPLAYS", 7)
+    monkeypatch.setattr(retention_sql, "REPLAYS", 7)
     for _ in range(9):
         await subject.replay()
 

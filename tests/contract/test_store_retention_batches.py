@@ -12,7 +12,7 @@ from service.db.tables import attempts, callbacks, deliveries, events, steps
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 from service.resources import Resources
-from service.upkeep import expiry, retention
+from service.upkeep import retention, retention_sql
 from service.upkeep.retention import Retention, erase
 from tests.contract.subject import DAY, OWNER, Opener, Subject, failed, new_id
 
@@ -57,9 +57,9 @@ class Mortal:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a few rows reach."""
-    monkeypatch.setattr(expiry, "EVENTS", 2)
-    monkeypatch.setattr(expiry, "DELIVERIES", 3)
-    monkeypatch.setattr(expiry, "TASKS", 1)
+    monkeypatch.setattr(retention_sql, "EVENTS", 2)
+    monkeypatch.setattr(retention_sql, "DELIVERIES", 3)
+    monkeypatch.setattr(retention_sql, "TASKS", 1)
     monkeypatch.setattr(retention, "PAUSE_S", 0)
 
 
@@ -116,7 +116,7 @@ async def test_a_pass_removes_all_rows_of_an_old_task(subject: Subject) -> None:
         "images": 0,
         "files": 0,
     }
-    assert store.count >= 20 // expiry.DELIVERIES
+    assert store.count >= 20 // retention_sql.DELIVERIES
     assert set((await subject.store.read(row_counts)).values()) == {0}
     task = await subject.task(task_id)
     assert (task["request"], task["body"], task["prompt"]) == ({}, b"", None)

@@ -13,7 +13,7 @@ from service.events.broker_worker import (
     sinks_behind,
 )
 from service.events.feed import outbox_end
-from service.upkeep import expiry
+from service.upkeep import retention_sql
 from tests.contract.subject import DAY, LEASE, SECOND, Opener, Subject
 
 NAME = "nats://127.0.0.1:4222/darkroom?stream=EVENTS"
@@ -118,12 +118,12 @@ async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
     subject.clock.shift(40 * DAY)
     before = subject.clock.now - 30 * DAY
     assert await hold(subject) is not None
-    page = await subject.store.read(expiry.old_events, 0, before)
+    page = await subject.store.read(retention_sql.old_events, 0, before)
     assert page is not None
     assert page.last == mine.position
     (row,) = await subject.rows(sinks)
     subject.clock.shift(31 * DAY)
     assert row["seen_at"] < subject.clock.now - 30 * DAY
-    page = await subject.store.read(expiry.old_events, 0, subject.clock.now - 30 * DAY)
+    page = await subject.store.read(retention_sql.old_events, 0, subject.clock.now - 30 * DAY)
     assert page is not None
     assert page.last == await end(subject)

@@ -12,7 +12,7 @@ import pytest
 from starlette.responses import Response
 
 from service.events import replays as pipeline
-from service.upkeep.expiry import forget_replays
+from service.upkeep.retention_sql import forget_replays
 from tests.api import TIME, got, reached, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from service.app import Role
 from service.images.sweep import AGE_MS, sweep
 from service.queue import periodic
-from service.upkeep import expiry, retention
+from service.upkeep import retention, retention_sql
 from service.upkeep.retention import DAY_MS, Retention
 from tests.api import SUBMIT, TIME, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
@@ -289,8 +289,8 @@ async def test_images_go_after_days_of_their_own(place: World) -> None:
 async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three concurrent jobs with small batches remove each row once."""
     for limit in ("EVENTS", "DELIVERIES", "IMAGES"):
-        monkeypatch.setattr(expiry, limit, 2)
-    monkeypatch.setattr(expiry, "TASKS", 1)
+        monkeypatch.setattr(retention_sql, limit, 2)
+    monkeypatch.setattr(retention_sql, "TASKS", 1)
     monkeypatch.setattr(retention, "PAUSE_S", 0)
     async with world(tmp_path) as here:
         tasks = [await submitted(here.client, UNTIL_DONE) for _ in range(4)]

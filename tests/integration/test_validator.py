@@ -18,7 +18,7 @@ import pytest
 
 from service.errors import BlobUnavailable
 from service.images import validator
-from service.images.validation import InvalidImage, Validation, ValidImage
+from service.images.validated_image import InvalidImage, Validation, ValidImage
 from service.images.validator import ImageValidator, open_validator
 from service.images.validator_child import validate_file
 from tests.downloads import called, downloading, link, made, served, validator_children

@@ -27,7 +27,7 @@ from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionStart
-from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
+from service.upkeep.retention_sql import Erasure, erase_tasks, strip_tasks
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_end import next_due
 from tests.property.life_leases import check_freed

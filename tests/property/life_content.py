@@ -14,7 +14,7 @@ from service.images.downloads import (
     Retry,
 )
 from service.tasks.admin import REVIVED_MS, TaskResolution
-from service.upkeep.expiry import TASKS, Erasure
+from service.upkeep.retention_sql import TASKS, Erasure
 from tests.contract.subject import MINUTE
 from tests.property.life_inbox import ENDED
 from tests.property.life_step import Step

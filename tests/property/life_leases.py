@@ -15,7 +15,7 @@ from service.tasks.admin import reconcile_tasks, resolve_tasks
 from service.tasks.cancel import cancel_tasks
 from service.tasks.settlements import record_settlements
 from service.tasks.submissions import record_submissions, start_submissions
-from service.upkeep.expiry import erase_tasks, strip_tasks
+from service.upkeep.retention_sql import erase_tasks, strip_tasks
 from tests.contract.subject import accept_callbacks
 from tests.property.life_checks import Snapshot
 from tests.property.life_content import (

@@ -19,7 +19,7 @@ from service.tasks.callbacks import Callback
 from service.tasks.settlements import Settlement
 from service.tasks.state import TERMINAL, State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
-from service.upkeep.expiry import Erasure, strip_tasks
+from service.upkeep.retention_sql import Erasure, strip_tasks
 from service.upstreams.base import Report, Uncertain
 from tests.contract.subject import DAY, HOUR, accept_callbacks, callback
 from tests.property.life_bench import Bench

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from service.images.validation import ValidImage
+from service.images.validated_image import ValidImage
 from service.images.validator_child import END_OF_JPEG, check_image
 from tests.downloads import noise
 

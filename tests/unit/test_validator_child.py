@@ -7,7 +7,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from service.images.validation import InvalidImage, ValidImage
+from service.images.validated_image import InvalidImage, ValidImage
 from service.images.validator_child import FRAMES, MEDIA_TYPES, check_image
 from tests.pictures import (
     SIZE,

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from service.errors import ApiError, invalid_request
-from service.images.input_links import FILE_ID, IMAGE_ID
+from service.images.input_sources import FILE_ID, IMAGE_ID
 from service.strict_json import JSON
 from service.web.console.code_samples import samples
 from service.web.console.submission_form import CUSTOM, Draft, body_of, field_of, others, presets
