@@ -175,7 +175,12 @@ async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: U
         "query.png": [served(picture(shade=2))],
     }
     task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [document("completed", link(here, "query.png"))]
+
+    async def asked() -> None:  # or the link could be replaced before its download begins
+        await wait_until(lambda: upstream.asked["callback.png"])
+
+    answer = document("completed", link(here, "query.png"))
+    upstream.queries[task["upstream_id"]] = [After(asked, answer)]
     await called(here, task, "completed", link(here, "callback.png"))
 
     async def confirmed() -> bool:

@@ -5,15 +5,18 @@ import gzip
 import io
 import socket
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from sqlalchemy import update
 from starlette.responses import RedirectResponse, Response
 from structlog.testing import capture_logs
 
+from service.db.tables import images
+from service.db.transaction import Transaction
 from service.images import downloads
 from service.images.validator_child import FRAMES
 from tests.downloads import (
@@ -203,7 +206,8 @@ async def test_a_result_nobody_serves_is_tried_again(here: World, upstream: Upst
         silent.bind(("127.0.0.1", 0))  # no server listens here
         nobody = f"http://127.0.0.1:{silent.getsockname()[1]}/nobody.png"
         tasks = [await made(here, upstream, url) for url in (nobody, link(here, "later"))]
-        await wait_until(lambda: len(first_retries(lines)) == 2)
+        ids = {task["id"] for task in tasks}
+        await wait_until(lambda: first_retries(lines).keys() >= ids)
     for task in tasks:
         await here.client.post(f"/v1/tasks/{task['id']}/cancel")
     first, second = (first_retries(lines)[task["id"]] for task in tasks)
@@ -244,21 +248,33 @@ async def test_a_redirect_to_an_allowed_host_is_followed(here: World, upstream: 
     assert "authorization" not in seen[0]
 
 
+def expire_links(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """A store operation that ends the life of every link now."""
+    tx.connection.execute(update(images).values(link_dies_at=tx.now))
+    return [None] * len(items)
+
+
 async def test_a_download_is_tried_until_its_link_has_died(tmp_path: Path) -> None:
-    """A temporary failure becomes final when the link expires."""
+    """A temporary failure becomes final when the link expires, here during the third attempt."""
     upstream = Upstream()
-    upstream.files["dying.png"] = [error(500, "internal_error")]
-    async with downloading(tmp_path, upstream, evolink_result_ttl_s=1) as here:
+
+    async def expire() -> None:
+        await here.context.resources.store.write(expire_links, None)
+
+    failure = error(500, "internal_error")
+    upstream.files["dying.png"] = [failure, failure, After(expire, failure)]
+    async with downloading(tmp_path, upstream) as here:
         task = await here.ended((await made(here, upstream, link(here, "dying.png")))["id"])
         assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
-        assert upstream.asked["dying.png"] >= 2
+        assert upstream.asked["dying.png"] == 3
 
 
 async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None:
     """With fewer slots than due images, the link's expiry decides the order, not how long an image
     has been due.
     """
-    upstream, gate, order = Upstream(), asyncio.Event(), list[str]()
+    upstream, begin, gate = Upstream(), asyncio.Event(), asyncio.Event()
+    order: list[str] = []
 
     def seen(name: str) -> Response:
         async def now() -> None:
@@ -267,7 +283,7 @@ async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None
         return After(now, served(picture()))
 
     upstream.files = {
-        "oldest": [error(500, "internal_error"), seen("oldest")],
+        "oldest": [After(begin.wait, error(500, "internal_error")), seen("oldest")],
         "gate": [After(gate.wait, served(picture()))],
     }
     names = [f"younger-{number}" for number in range(5)]
@@ -277,10 +293,12 @@ async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None
     ) as here:
         clock = asyncio.get_running_loop().time
         tasks = [await made(here, upstream, link(here, "oldest"))]
-        await wait_until(lambda: upstream.asked["oldest"])
-        again = clock() + 1.3
+        await wait_until(lambda: upstream.asked["oldest"])  # it holds the slot until `begin`
         tasks += [await made(here, upstream, link(here, name)) for name in ("gate", *names)]
-        await wait_until(lambda: upstream.asked["gate"] and clock() > again)
+        begin.set()
+        await wait_until(lambda: upstream.asked["gate"])
+        again = clock() + 1.3
+        await wait_until(lambda: clock() > again)
         assert order == []
         gate.set()
         for task in tasks:

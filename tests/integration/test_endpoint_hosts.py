@@ -3,7 +3,7 @@ message tells an address that a name has. Whatever prevents an attempt is a fail
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import Any
 
@@ -106,6 +106,12 @@ CASES: dict[str, tuple[str, str, str]] = {
 }
 
 
+def tried(lines: Sequence[Mapping[str, Any]], owner: str) -> list[Mapping[str, Any]]:
+    """The log lines of attempts for this owner. They come after the commits."""
+    mine = [line for line in lines if line.get("owner") == owner]
+    return [line for line in mine if line["event"] == "delivery.attempted"]
+
+
 @pytest.mark.parametrize("case", CASES)
 async def test_an_attempt_that_cannot_be_prepared_is_a_failed_attempt(
     strict: World, case: str
@@ -129,15 +135,14 @@ async def test_an_attempt_that_cannot_be_prepared_is_a_failed_attempt(
                 return shown if shown["status"] == "disabled" else None
 
             shown = await wait_until(ended)
+            (delivery,) = got(await client.get("/v1/deliveries"))["data"]
+            await wait_until(lambda: len(tried(lines, owner)) >= len(delivery["attempts"]))
         assert shown["disabled_reason"].startswith("every attempt failed since 20")
-        (delivery,) = got(await client.get("/v1/deliveries"))["data"]
         assert delivery["state"] == "dead"
         assert len(delivery["attempts"]) >= 2
         assert all(reason in attempt["error"] for attempt in delivery["attempts"])
         assert all(attempt["status"] is None for attempt in delivery["attempts"])
-        mine = [line for line in lines if line.get("owner") == owner]
-        tried = [line for line in mine if line["event"] == "delivery.attempted"]
-        assert len(tried) == len(delivery["attempts"])
+        assert len(tried(lines, owner)) == len(delivery["attempts"])
         assert [line for line in lines if line["event"] == "worker.failed"] == []
         before = len(delivery["attempts"])
         again = got(await client.post(f"/v1/deliveries/{delivery['id']}/retry"))

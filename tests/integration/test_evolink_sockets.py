@@ -291,7 +291,7 @@ async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script)
 @pytest.mark.parametrize("script", [Script(b"", "wait"), Script(HALF, "wait")])
 async def test_no_answer_in_time_leaves_a_submission_uncertain(script: Script) -> None:
     """The limit applies to the whole answer, not only to its beginning."""
-    async with wired(script) as wire, evolink(wire.url, timeout=0.5) as upstream:
+    async with wired(script) as wire, evolink(wire.url, timeout=1.5) as upstream:
         submitted, queried, passed = await asyncio.gather(
             upstream.submit(ODD, "task_abc"),
             upstream.query("task-unified-1"),

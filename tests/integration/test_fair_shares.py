@@ -17,13 +17,14 @@ from service.images.validator import ImageValidator
 from service.tasks import owner_keys
 from service.web import auth, overload
 from service.web.key_shares import Shares
+from service.web.routes import task_routes
 from tests.api import ASYNC, SUBMIT, got, order, submitted
 from tests.inputs import photo
 from tests.integration.test_shares import head, many, status
 from tests.waiting import wait_until
 from tests.world import World
 
-POLL, SSE = "/v1/events?wait=30", "accept: text/event-stream"
+POLL, SSE = "/v1/events?wait=60", "accept: text/event-stream"
 BODY = json.dumps(order()).encode()
 LENGTH = f"content-length: {len(BODY)}"
 
@@ -156,6 +157,7 @@ async def test_many_owners_that_wait_shut_nobody_out(
 ) -> None:
     """Five owners wait as often as they may. A newcomer reads, submits, and waits too."""
     shedder = still.context.shedder
+    monkeypatch.setattr(task_routes, "FIRST_OUTCOME_S", 60.0)
     for name in ("polls", "streams", "submissions"):
         monkeypatch.setattr(getattr(shedder, name), "total", 64)
     shares = {"poll": shedder.polls, "stream": shedder.streams}.get(kind, shedder.submissions)

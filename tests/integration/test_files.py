@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,9 +28,11 @@ async def raw(here: World, head: str, body: bytes, key: str) -> bytes:
     host, port = here.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     request = f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n{head}\r\n"
-    writer.write(request.encode() + body)
-    await writer.drain()
-    answer = await asyncio.wait_for(reader.read(65536), 10)
+    writer.write(request.encode() + body)  # the answer may come before all of it is sent
+    async with asyncio.timeout(30):
+        answer = await reader.readuntil(b"\r\n\r\n")
+        (length,) = re.findall(rb"content-length: (\d+)", answer)
+        answer += await reader.readexactly(int(length))
     writer.close()
     return answer
 

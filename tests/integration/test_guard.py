@@ -269,7 +269,11 @@ async def test_calls_to_the_upstream_follow_no_redirect(
     )
     there.upstream.submits["sent on"], there.upstream.queries["task-unified-away"] = [away], [away]
     task = await here.submit(prompt="sent on")
-    assert task["state"] == "uncertain"
+
+    async def uncertain() -> bool:
+        return bool((await here.task(task["id"]))["state"] == "uncertain")
+
+    await wait_until(uncertain)
     refused(await here.client.get("/v1/tasks/task-unified-away"), 503)
 
 

@@ -180,17 +180,19 @@ async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Pa
         )
         late = await submitted(client, {}, sandbox={"delay": 600})
         await here.stranger.post(here.callback_url(task["id"], "wrong"), json={})
+        known: dict[str, float] = {}
 
-        async def told() -> dict[str, float] | None:
-            known = await figures(here)
-            return (
-                known
-                if known["darkroom_dead_letters"] == 1
-                and known.get("darkroom_callbacks_total,verdict=duplicate") == 2
-                else None
-            )
+        async def told() -> bool:  # workers count after their commits, in any order
+            known.update(await figures(here))
+            last = {
+                "dead_letters": 1,
+                "deliveries_total,outcome=delivered": 1,
+                "deliveries_total,outcome=dead": 1,
+                "callbacks_total,verdict=duplicate": 2,
+            }
+            return {name: known.get(f"darkroom_{name}") for name in last} == last
 
-        known: dict[str, float] = await wait_until(told)
+        await wait_until(told)
     assert {name.split(",")[0].removesuffix("_count") for name in known} >= NAMES
     expected = {
         "callbacks_total,verdict=accepted": 2,
