@@ -5,8 +5,8 @@ images.
 import io
 import json
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from sqlalchemy import update
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.db.tables import images
+from service.db.transaction import Transaction
 from service.queue import worker
 from service.tasks import confirm_worker
 from tests.upstream import Upstream, document, picture
@@ -84,16 +87,13 @@ class Part(Response):
 
 def validator_children(pid: int) -> list[int]:
     """The child processes of `pid` that validate images. Linux only."""
-    found = [
-        child
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text(encoding="ascii").split()
-    ]
-    return [
-        int(child)
-        for child in found
-        if b"service.images.validator_child" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread or a child has ended
+            for child in (task / "children").read_text(encoding="ascii").split():
+                program = Path(f"/proc/{child}/cmdline").read_bytes()
+                found += [int(child)] * (b"service.images.validator_child" in program)
+    return found
 
 
 def served(body: bytes, media_type: str = "image/png") -> Response:
@@ -138,6 +138,17 @@ async def saved(here: World, upstream: Upstream, name: str, *answers: Response) 
     assert task["state"] == "completed", await steps(here, task)
     image: JSON = task["images"][0]
     return image
+
+
+def end_links(tx: Transaction, task_ids: Sequence[str]) -> list[None]:
+    links = update(images).where(images.c.task_id.in_(task_ids))
+    tx.connection.execute(links.values(link_dies_at=tx.now))
+    return [None] * len(task_ids)
+
+
+async def links_die(here: World, task: JSON) -> None:
+    """The time of the task's links is up from now on."""
+    await here.context.resources.store.write(end_links, task["id"])
 
 
 async def steps(here: World, task: JSON) -> list[tuple[str, Any]]:

@@ -62,7 +62,7 @@ class Receiver:
         return Response(status_code=self.statuses.pop(0) if self.statuses else 200)
 
     async def next(self) -> Any:
-        return json.loads(await asyncio.wait_for(self.bodies.get(), 10))
+        return json.loads(await asyncio.wait_for(self.bodies.get(), 30))
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.cli.list_rows import why_held
-from tests.downloads import bytes_of, downloading, link, lost, made, steps
+from tests.downloads import bytes_of, downloading, link, links_die, lost, made, steps
 from tests.hostile import Names
 from tests.upstream import Upstream, picture
 from tests.waiting import wait_until
@@ -292,14 +292,11 @@ async def test_a_redirect_that_the_guard_refuses_is_retried(
 async def test_a_refused_redirect_is_lost_with_its_link(tmp_path: Path) -> None:
     """A loop that never ends is final when the link's time is up, and the task says why."""
     upstream = Upstream()
-    async with (
-        raw_host(sent_on("/a.png")) as port,
-        downloading(tmp_path, upstream, evolink_result_ttl_s=0.4) as here,
-    ):
-        task = await here.ended(
-            (await made(here, upstream, f"http://127.0.0.1:{port}/a.png"))["id"]
-        )
+    async with raw_host(sent_on("/a.png")) as port, downloading(tmp_path, upstream) as here:
+        task = await made(here, upstream, f"http://127.0.0.1:{port}/a.png")
         told = await at_risk(here, task)
+        await links_die(here, task)
+        task = await here.ended(task["id"])
     assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
     assert "127.0.0.1: more than 5 redirects" in task["error"]["message"]
     assert (told["host"], told["setting"]) == ("127.0.0.1", None)
@@ -309,11 +306,13 @@ async def test_a_refused_redirect_is_lost_with_its_link(tmp_path: Path) -> None:
 async def test_a_link_that_cannot_be_read_is_lost_with_its_time(url: str, tmp_path: Path) -> None:
     """The upstream was asked for another one until then. The task says why."""
     upstream = Upstream()
-    async with downloading(tmp_path, upstream, evolink_result_ttl_s=1) as here:
-        task = await here.ended((await made(here, upstream, url))["id"])
+    async with downloading(tmp_path, upstream) as here:
+        task = await made(here, upstream, url)
+        await wait_until(lambda: upstream.asked[task["upstream_id"]] >= 3)
+        await links_die(here, task)
+        task = await here.ended(task["id"])
         assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
         assert "a URL has no" in task["error"]["message"]
-        assert upstream.asked[task["upstream_id"]] >= 2
         assert await causes(here) == []
 
 

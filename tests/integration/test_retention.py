@@ -17,6 +17,7 @@ from service.queue import periodic
 from service.upkeep import retention, retention_sql
 from service.upkeep.retention import DAY_MS, Retention
 from tests.api import SUBMIT, TIME, UNTIL_DONE, got, order, refused, submitted
+from tests.upstream import After
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
@@ -140,8 +141,10 @@ async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Pa
     """A pending delivery of an erased task is retried under the same id, with the terminal event
     but without content.
     """
-    async with world(tmp_path, delivery_schedule="0.3") as here, subscriber() as takes:
-        takes.answer = lambda n, _: Response(status_code=500 if n == 0 else 204)
+    erased = asyncio.Event()
+    first_answer = After(erased.wait, Response(status_code=500))
+    async with world(tmp_path) as here, subscriber() as takes:
+        takes.answer = lambda n, _: first_answer if n == 0 else Response(status_code=204)
         got(
             await here.client.post(
                 "/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}
@@ -151,6 +154,7 @@ async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Pa
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT, metadata={"customer": "7"})
         await wait_until(lambda: takes.received)
         assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
+        erased.set()
         first, second = await wait_until(
             lambda: takes.received if len(takes.received) == 2 else None
         )

@@ -271,7 +271,7 @@ async def test_the_links_carry_the_configured_base_url() -> None:
 
 async def test_a_running_task_is_pending_and_stops_with_the_sandbox() -> None:
     """The lifespan ends at once although a task still runs."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async with sandbox() as client:
             task = (await submit(client, sandbox={"delay": 3600})).json()
             waiting = (await client.get(f"/v1/tasks/{task['id']}")).json()
@@ -353,7 +353,7 @@ async def test_slow_callback_dribbles_its_body(way: str, receiver: Receiver) -> 
         writer.close()
 
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(60),
         await asyncio.start_server(take, "127.0.0.1", 0) as stalled,
         faulty(way, slow_callback=0.2) as here,
     ):

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from tests.api import UNTIL_DONE
 from tests.processes import ADMIN_KEY, darkroom, sandbox, started
 from tests.sandbox import QUICK
 from tests.sandbox import sandbox as emulator
@@ -98,7 +99,8 @@ async def test_without_fetching_every_link_passes() -> None:
 async def test_the_client_of_the_service_gets_the_upstreams_refusal(tmp_path: Path) -> None:
     """The service does not fetch public links itself. Its task fails at once."""
     async with world(tmp_path, sandbox=STRICT) as here:
-        answer = await here.client.post(SUBMIT, json=order("https://name.invalid/a.png"))
+        body = order("https://name.invalid/a.png")
+        answer = await here.client.post(SUBMIT, json=body, headers=UNTIL_DONE)
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, "image_urls"), answer.text
         assert "name.invalid" in error["message"]
@@ -119,9 +121,9 @@ def test_serve_works_under_the_settings_that_the_sandbox_prints(tmp_path: Path) 
         own["DARKROOM_CALLBACK_URL"] = "http://127.0.0.1:{port}"
         with started("serve", folder=tmp_path, **(settings | own)) as service:
             body = {"model": "wan2.5-text-to-image", "prompt": "p", "size": "768x768"}
-            headers = {"authorization": f"Bearer {ADMIN_KEY}", "prefer": "wait=20"}
+            headers = {"authorization": f"Bearer {ADMIN_KEY}", "prefer": "wait=60"}
             url = f"{service.address}{SUBMIT}"
-            task = httpx.post(url, json=body, headers=headers, timeout=30).json()
+            task = httpx.post(url, json=body, headers=headers, timeout=90).json()
             assert task["state"] == "completed", task
             assert (tmp_path / "data" / "sandbox" / "darkroom.db").exists()
 
@@ -139,15 +141,16 @@ def test_an_erased_task_says_what_is_left(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        header = {"authorization": f"Bearer {client['DARKROOM_API_KEY']}", "prefer": "wait=20"}
+        header = {"authorization": f"Bearer {client['DARKROOM_API_KEY']}", "prefer": "wait=60"}
         body = {"model": "wan2.5-text-to-image", "prompt": "a secret", "size": "768x768"}
         url = f"{service.address}{SUBMIT}"
-        id = httpx.post(url, json=body, headers=header, timeout=30).json()["id"]
+        id = httpx.post(url, json=body, headers=header, timeout=90).json()["id"]
         assert "are left" in run("erase", id)
         shown = run("task", id)
         assert "erased" in shown
         assert "are left" in shown
         assert "a secret" not in shown
-        task = httpx.get(f"{service.address}/v1/tasks/{id}", headers=header).json()
-        events = httpx.get(f"{service.address}/v1/events?task={id}", headers=header).json()["data"]
+        with httpx.Client(base_url=service.address, headers=header, timeout=30) as reader:
+            task = reader.get(f"/v1/tasks/{id}").json()
+            events = reader.get(f"/v1/events?task={id}").json()["data"]
         assert {event["data"]["erased_at"] for event in events} == {task["erased_at"]}

@@ -234,7 +234,9 @@ def test_the_flags_of_the_command_combine_and_repeat(tmp_path: Path) -> None:
         headers = {"authorization": f"Bearer {UPSTREAM_KEY}"}
         with (
             upstream as running,
-            httpx.Client(base_url=running.address, headers=headers, trust_env=False) as client,
+            httpx.Client(
+                base_url=running.address, headers=headers, timeout=30, trust_env=False
+            ) as client,
         ):
             told = []
             for number in range(8):

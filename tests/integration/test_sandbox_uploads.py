@@ -155,7 +155,8 @@ async def test_a_task_whose_uploads_fail_is_retried_or_ends_unpaid(
     tmp_path: Path, fault: JSON, state: str, code: str | None
 ) -> None:
     options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.02, faults=fault)
-    async with world(tmp_path, sandbox=options, submit_give_up_s=0.5) as here:
+    give_up_s = 0.5 if code == "not_submitted" else 600
+    async with world(tmp_path, sandbox=options, submit_give_up_s=give_up_s) as here:
         file = await uploaded(here.client)
         body = {"model": "wan2.5-image-to-image", "prompt": "x", "image_urls": [file["id"]]}
         task = got(await here.client.post(SUBMIT, json=body, headers=UNTIL_DONE))

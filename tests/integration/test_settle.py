@@ -23,6 +23,8 @@ from tests.upstream import Upstream, document, error, failed, page, picture
 from tests.waiting import wait_until
 from tests.world import World, world
 
+TTL_S = 600
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
@@ -41,10 +43,16 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """The upstream is the sandbox, which calls back. The service queries it if no
-    callback comes.
-    """
+    """The upstream is the sandbox, which calls back in time."""
     folder = tmp_path_factory.mktemp("settle")
+    async with world(folder, reconcile_after_s=600, no_results_after_s=0.3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def silent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """The service queries the sandbox if no callback comes."""
+    folder = tmp_path_factory.mktemp("silent")
     async with world(folder, reconcile_after_s=0.3, no_results_after_s=0.3) as made:
         yield made
 
@@ -86,13 +94,20 @@ ENDS = [
     ("faults", "state", "status", "code"), ENDS, ids=[json.dumps(end[0]) for end in ENDS]
 )
 async def test_a_task_ends_as_the_upstream_says(
-    faults: dict[str, Any], state: str, status: str, code: str | None, heard: str, here: World
+    faults: dict[str, Any],
+    state: str,
+    status: str,
+    code: str | None,
+    heard: str,
+    here: World,
+    silent: World,
 ) -> None:
     """Each outcome at the upstream maps to one state, with one terminal event and the charged
     credits, with and without a callback.
     """
-    silent = {"drop_callback": True} if heard == "by asking" else {}
-    task = await here.ended((await here.submit(sandbox=faults | silent))["id"])
+    if heard == "by asking":
+        here, faults = silent, faults | {"drop_callback": True}
+    task = await here.ended((await here.submit(sandbox=faults))["id"])
     assert (task["state"], task["status"]) == (state, status)
     assert (task["error"] and task["error"]["code"]) == code
     assert len(task["images"]) == (1 if state == "completed" else 0)
@@ -155,6 +170,13 @@ def make_due(tx: Transaction, ids: Sequence[str]) -> list[None]:
     return [None] * len(ids)
 
 
+def make_old(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """The tasks were submitted `TTL_S` ago."""
+    for task_id in ids:
+        tx.change(tables.tasks, task_id, {"submitted_at": tx.now - TTL_S * 1000})
+    return [None] * len(ids)
+
+
 async def test_a_callback_before_its_time_is_asked_about_soon(
     told: World, upstream: Upstream
 ) -> None:
@@ -209,17 +231,19 @@ async def test_a_task_the_upstream_forgot_is_expired_after_its_time(tmp_path: Pa
     """The worker accepts 404 as the end only when the task is older than `TASK_TTL_S`."""
     upstream = Upstream()
     async with world(
-        tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.5
+        tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=TTL_S
     ) as here:
         task = await here.submit()
         upstream.queries[task["upstream_id"]] = [error(404, "task_not_found")]
+        await wait_until(lambda: upstream.asked[task["upstream_id"]] >= 3)
+        assert (await here.task(task["id"]))["state"] == "submitted"
+        await here.context.resources.store.write(make_old, task["id"])
         ended = await here.ended(task["id"])
         assert (ended["state"], ended["status"], ended["error"]["code"]) == (
             "expired",
             "failed",
             "expired",
         )
-        assert upstream.asked[task["upstream_id"]] >= 2
         assert await types(here, task["id"]) == ["submitted", "expired"]
 
 

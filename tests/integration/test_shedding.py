@@ -111,7 +111,8 @@ async def test_clients_requests_in_hand_are_limited(
         got(await here.client.get("/v1/tasks"))
         await submitted(here.client)
         assert got(await held)["data"]
-        assert (here.context.shedder.active, here.context.shedder.waiting) == (0, 0)
+        shedder = here.context.shedder
+        await wait_until(lambda: (shedder.active, shedder.waiting) == (0, 0))
 
 
 async def test_callbacks_that_are_told_to_come_again_are_logged_together(

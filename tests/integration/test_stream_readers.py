@@ -56,7 +56,7 @@ Reader = Callable[[str, dict[str, str]], Iterator[Seen]]
 
 
 def by_httpx_sse(url: str, headers: dict[str, str]) -> Iterator[Seen]:
-    with httpx.Client(timeout=10) as client:
+    with httpx.Client(timeout=30) as client:
         connected = httpx_sse.connect_sse(client, "GET", url, headers=headers)
         with connected as source:
             for event in source.iter_sse():
@@ -64,13 +64,13 @@ def by_httpx_sse(url: str, headers: dict[str, str]) -> Iterator[Seen]:
 
 
 def by_sseclient(url: str, headers: dict[str, str]) -> Iterator[Seen]:
-    with requests.get(url, headers=headers, stream=True, timeout=10) as answer:
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         for event in sseclient.SSEClient(answer.iter_content(chunk_size=1)).events():
             yield event.id, event.event, event.data
 
 
 def by_the_standard(url: str, headers: dict[str, str]) -> Iterator[Seen]:
-    with requests.get(url, headers=headers, stream=True, timeout=10) as answer:
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         yield from interpreted(answer.iter_content(chunk_size=1))
 
 
@@ -127,7 +127,7 @@ def test_the_parsing_rules_read_the_examples_of_the_standard(
 
 def strict(url: str, headers: dict[str, str]) -> Iterator[Seen]:
     """A reader of a few lines: every blank line ends an event, which must have all its fields."""
-    with requests.get(url, headers=headers, stream=True, timeout=10) as answer:
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         fields: dict[str, str] = {}
         for line in map(bytes.decode, answer.iter_lines(chunk_size=1)):
             name, _, value = line.partition(": ")
@@ -163,7 +163,7 @@ async def test_a_reader_of_a_silent_stream_sees_events_alone(
     for _ in range(2):
         await asyncio.sleep(0.35)  # a few comments
         tasks.append((await submitted(here.client, UNTIL_DONE))["id"])
-    await asyncio.wait_for(reading, 20)
+    await asyncio.wait_for(reading, 60)
     told = [event for event in await here.events() if event["subject"] in tasks]
     assert [(id, type, json.loads(data)) for id, type, data in found] == [
         (event["sequence"], event["type"], event) for event in told
@@ -174,7 +174,7 @@ async def test_the_bytes_of_a_silent_stream_have_no_blank_line(silent: Silent) -
     """`retry:` and each comment are lines of their own, and no blank line follows."""
     url = f"/v1/events?after={(await silent.here.events())[-1]['sequence']}"
     seen = b""
-    async with asyncio.timeout(10), silent.here.client.stream("GET", url, headers=SSE) as answer:
+    async with asyncio.timeout(30), silent.here.client.stream("GET", url, headers=SSE) as answer:
         async for chunk in answer.aiter_raw():
             seen += chunk
             if seen.count(b"\n:") >= 3:
@@ -208,7 +208,7 @@ async def test_an_empty_last_event_id_counts_as_none_and_is_logged(
     with capture_logs() as lines:
         writer.write(f"GET /v1/events?after=0 HTTP/1.1\r\nhost: x\r\n{head}{ends}\r\n\r\n".encode())
         wanted = silent.events[0]["sequence"].encode()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await reader.readuntil(b"\nid: " + wanted)
     writer.close()
     assert [line["after"] for line in lines if line["event"] == "events.position_empty"] == ["0"]

@@ -347,7 +347,7 @@ async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch)
             refused(await client.get("/v1/events", headers=SSE), 503, "overloaded")
 
         async def left() -> bool:
-            return here.context.tail.streams == 0
+            return here.context.tail.streams == here.context.shedder.streams.taken == 0
 
         await wait_until(left)
         async with following(client):

@@ -6,7 +6,8 @@ import asyncio
 import json
 import socket
 import sqlite3
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -22,9 +23,10 @@ from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.app import stages
+from service.db import tables
 from service.db.clock import steady_ns
 from service.db.sqlite import SqliteStore
-from service.db.transaction import Lease
+from service.db.transaction import Lease, Transaction
 from service.errors import ApiError
 from service.images.validator import ImageValidator
 from service.tasks import submit_worker, task_queries
@@ -338,7 +340,17 @@ async def test_a_callback_proves_an_uncertain_submission(tmp_path: Path) -> None
     then completes and is paid once.
     """
     async with world(tmp_path) as here:
-        task = await here.submit(sandbox={"lose_answer": True, "delay": 0.2})
+        task = await here.submit(sandbox={"lose_answer": True, "drop_callback": True, "delay": 0})
+        assert task["state"] == "uncertain"
+
+        async def made() -> Any:
+            (only,) = (await here.sandbox.get("/sandbox/tasks")).json()["data"]
+            return only["status"] == "completed" and only
+
+        called = await here.stranger.post(
+            here.callback_url(task["id"]), json=await wait_until(made)
+        )
+        assert called.status_code == 200
         assert (await here.ended(task["id"]))["state"] == "completed"
         steps = [step["step"] for step in await here.steps(task["id"])]
         assert (
@@ -354,7 +366,7 @@ async def test_no_answer_and_no_callback_end_as_submission_uncertain(tmp_path: P
     upstream, forever = Upstream(), asyncio.Event()
     upstream.submits["silence"] = [After(forever.wait, ACCEPTED)]
     async with world(
-        tmp_path, upstream=upstream.app, submit_timeout_s=0.1, uncertain_after_s=0.1
+        tmp_path, upstream=upstream.app, submit_timeout_s=0.5, uncertain_after_s=0.1
     ) as here:
         task = await here.ended((await here.submit(prompt="silence"))["id"])
     assert (task["state"], task["error"]["code"]) == ("failed", "submission_uncertain")
@@ -369,6 +381,16 @@ async def test_without_a_callback_url_the_uncertain_is_decided_at_once(tmp_path:
         task = await here.ended((await here.submit(prompt="lost"))["id"])
         assert (task["state"], task["error"]["code"]) == ("failed", "submission_uncertain")
         assert "callback_url" not in json.loads(upstream.received["lost"][0].body)
+
+
+GIVE_UP_S = 600
+
+
+def make_old(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """The tasks were accepted `GIVE_UP_S` ago."""
+    for task_id in ids:
+        tx.change(tables.tasks, task_id, {"created_at": tx.now - GIVE_UP_S * 1000})
+    return [None] * len(ids)
 
 
 @pytest.mark.parametrize("callback", [True, False])
@@ -386,7 +408,7 @@ async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(
         upstream=upstream.app,
         uncertain="resubmit",
         uncertain_after_s=0.05,
-        submit_give_up_s=0.4,
+        submit_give_up_s=GIVE_UP_S,
         **options,
     ) as here:
         task = await here.submit(prompt="lost")
@@ -394,9 +416,13 @@ async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(
         first, second = upstream.received["lost"]
         assert first.body == second.body
         assert first.headers["idempotency-key"] == second.headers["idempotency-key"] == task["id"]
-        task = await here.ended((await here.submit(prompt="for ever"))["id"])
+        sent, started = upstream.received["for ever"], time.monotonic()
+        task = await here.submit(prompt="for ever")
+        await wait_until(lambda: len(sent) >= 3)
+        await here.context.resources.store.write(make_old, task["id"])
+        task = await here.ended(task["id"])
         assert task["error"]["code"] == "submission_uncertain"
-        assert 2 <= len(upstream.received["for ever"]) <= 12  # 0.4 s of waits of 0.05 s or more
+        assert len(sent) <= 1 + (time.monotonic() - started) / 0.05
 
 
 async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:

@@ -2,11 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.db import tables
+from service.db.transaction import Transaction
+from service.tasks import task_queries
+from service.tasks.rows import TaskRow
 from tests.downloads import bytes_of, quick
 from tests.partial import COMPLETED, Said
 from tests.untidy import Shape, response
@@ -15,7 +21,7 @@ from tests.waiting import wait_until
 from tests.world import World, world
 
 JSON = dict[str, Any]
-TTL_S = 1.0
+TTL_S, LONG_S = 1.0, 50
 NEVER = [
     b'{"id": "$ID", "status": "processing"}',
     b'{"id": "$ID", "status": "pending", "progress": 99}',
@@ -31,17 +37,30 @@ NEVER = [
 ]
 
 
-@pytest.fixture(scope="module")
-async def here(server: Said, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+@asynccontextmanager
+async def living(folder: Path, server: Said, ttl_s: float) -> AsyncIterator[World]:
     """A silent task would be queried after ten minutes, if it had the time."""
     settings: JSON = {
         "evolink_base_url": server.url,
         "reconcile_after_s": 600,
-        "evolink_task_ttl_s": TTL_S,
+        "evolink_task_ttl_s": ttl_s,
     }
     with quick():
-        async with world(tmp_path_factory.mktemp("ttl"), **settings) as made:
+        async with world(folder, **settings) as made:
             yield made
+
+
+@pytest.fixture(scope="module")
+async def here(server: Said, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with living(tmp_path_factory.mktemp("ttl"), server, TTL_S) as made:
+        yield made
+
+
+@pytest.fixture
+async def patient(server: Said, tmp_path: Path) -> AsyncIterator[World]:
+    """Its tasks have more time than a test takes."""
+    async with living(tmp_path, server, LONG_S) as made:
+        yield made
 
 
 async def submitted(here: World, server: Said, *queries: bytes) -> JSON:
@@ -70,27 +89,55 @@ async def test_a_task_that_never_ends_expires_at_its_time(
     assert await types(here, task) == ["image.task.submitted", "image.task.expired"]
 
 
-async def test_a_query_just_before_shortens_the_next_wait(here: World, server: Said) -> None:
+async def planned(here: World, task: JSON, asked_so_far: Callable[[], bool]) -> TaskRow:
+    """The task's row once its query has been recorded."""
+
+    async def look() -> TaskRow | None:
+        if not asked_so_far():
+            return None
+        row = await here.context.resources.store.read(task_queries.task_row, task["id"], None)
+        return row if row and row.settle_lease_until is None else None
+
+    row: TaskRow = await wait_until(look)
+    return row
+
+
+def end_time(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """The time of the tasks is up now, and a query is due."""
+    for task_id in ids:
+        values = {"submitted_at": tx.now - LONG_S * 1000, "settle_due_at": tx.now}
+        tx.change(tables.tasks, task_id, values)
+    return [None] * len(ids)
+
+
+async def test_a_query_just_before_shortens_the_next_wait(patient: World, server: Said) -> None:
     """After an early query the next one would come a minute later."""
-    task = await submitted(here, server, NEVER[0])
-    assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
-    await wait_until(lambda: asked(server, task) == 1)
-    assert (await here.ended(task["id"]))["state"] == "expired"
+    task = await submitted(patient, server, NEVER[0])
+    assert (await patient.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
+    row = await planned(patient, task, lambda: asked(server, task) == 1)
+    assert row.submitted_at is not None
+    assert row.settle_due_at == row.submitted_at + LONG_S * 1000
+    await patient.context.resources.store.write(end_time, task["id"])
+    assert (await patient.ended(task["id"]))["state"] == "expired"
     assert asked(server, task) == 2
 
 
-async def test_retry_after_does_not_put_the_end_off(here: World, server: Said) -> None:
+async def test_retry_after_does_not_put_the_end_off(patient: World, server: Said) -> None:
     """Silence is no answer, so the worker asks again until the upstream says something."""
-    task = await submitted(here, server, NEVER[0])
+    task = await submitted(patient, server, NEVER[0])
     name = server.names[task["upstream_id"]]
     busy = response("Content-Length: %d", "Retry-After: 3600", status="503 Busy")
     server.shapes["query", name] = Shape(busy)
-    assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
-    await wait_until(lambda: asked(server, task) == 2)
-    assert (await here.task(task["id"]))["state"] == "submitted"
+    assert (await patient.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
+    row = await planned(patient, task, lambda: asked(server, task) == 1)
+    assert row.submitted_at is not None
+    assert row.settle_due_at == row.submitted_at + LONG_S * 1000
+    await patient.context.resources.store.write(end_time, task["id"])
+    await planned(patient, task, lambda: asked(server, task) == 2)
+    assert (await patient.task(task["id"]))["state"] == "submitted"
     del server.shapes["query", name]
-    await here.client.post(f"/v1/tasks/{task['id']}/reconcile")
-    assert (await here.ended(task["id"]))["state"] == "expired"
+    await patient.client.post(f"/v1/tasks/{task['id']}/reconcile")
+    assert (await patient.ended(task["id"]))["state"] == "expired"
 
 
 async def test_late_proof_still_counts(here: World, server: Said) -> None:

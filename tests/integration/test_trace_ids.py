@@ -18,6 +18,8 @@ from tests.logs import logged
 from tests.waiting import wait_until
 from tests.world import LOOPBACK, Received, World, subscriber, world
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 JSON = dict[str, Any]
@@ -60,7 +62,7 @@ async def story(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Story
     networks = (ip_network(LOOPBACK),)
     options = SandboxOptions(networks=networks, delay_s=0.05, callback_delays_s=(0.05, 0.05, 0.05))
     upstream, settings = Noting(create_sandbox(options)), dict[str, Any](uncertain="resubmit")
-    settings |= {"uncertain_after_s": "0.1", "submit_give_up_s": "1"}
+    settings |= {"uncertain_after_s": "0.1", "submit_give_up_s": "3"}
     with logged("info") as log:
         async with (
             subscriber() as told,

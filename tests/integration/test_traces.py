@@ -241,7 +241,7 @@ async def test_one_trace_goes_through_two_processes(tmp_path: Path, collector: C
                 task = (await client.get(f"/v1/tasks/{task_id}")).json()
                 return bool(task["state"] == "completed")
 
-            await wait_until(ended, 30)
+            await wait_until(ended, 60)
     ours = {(service, name) for service, name, trace in collector.spans if trace == TRACE}
     assert ours >= {("first", "POST /v1/images/generations"), ("first", "submit")}
     assert ours >= {("second", "confirm"), ("second", "download")}

@@ -123,7 +123,7 @@ async def test_the_status_line_decides_a_delivery(kind: str, here: World, server
     assert (attempt["status"] // 100, attempt["error"]) == (2, None)
     assert attempt["duration_ms"] < 8000
     assert len(attempt["answer"]) <= 2048
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30
     assert server.reused[reused:] == []
 
 
@@ -171,7 +171,7 @@ async def test_an_image_whose_length_is_always_wrong_is_stored(
     """Two downloads that break off are repeated. The third is stored if its bytes are a whole
     image.
     """
-    monkeypatch.setattr(download_worker, "IDLE_S", 0.2)
+    monkeypatch.setattr(download_worker, "IDLE_S", 0.6)
     server.shapes["picture", f"long-{ends}"] = Shape(cut(PLAIN), ends=ends)
     task = await completed(here, server, f"long-{ends}")
     assert task["state"] == "completed", await here.steps(task["id"])
@@ -273,7 +273,7 @@ async def test_bytes_that_come_later_close_an_idle_connection() -> None:
     async with made, Egress(LOOPBACK, keep_alive=60) as egress:
         assert (await egress.request("POST", url, timeout=5)).body == b"ok"
         late.set()
-        await asyncio.wait_for(left.wait(), 5)
+        await asyncio.wait_for(left.wait(), 30)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ALL if ALL[kind].tidy])
