@@ -237,7 +237,8 @@ def shorten_leases(lease_ms: int) -> None:
     waits = {crashes: round(wait * part) for crashes, wait in leases.CANDIDATE_WAITS_MS.items()}
     vars(leases)["CANDIDATE_WAITS_MS"] = waits
     vars(leases)["LEASE_MS"] = vars(broker_worker)["LEASE_MS"] = lease_ms
-    vars(worker)["RENEW_S"] = lease_ms / 3000
+    vars(worker)["RENEW_S"] = vars(broker_worker)["RENEW_S"] = lease_ms / 3000
+    vars(broker_worker)["SPARE_S"] = lease_ms / 6000
 
 
 def run(

@@ -138,7 +138,7 @@ class World:
         task: JSON = answer.json()
         return task
 
-    async def ended(self, task_id: str, timeout: float = 20) -> JSON:
+    async def ended(self, task_id: str, timeout: float = 60) -> JSON:
         """The task as soon as it is terminal. Each commit that concerns it is a reason to look."""
         with self.context.resources.store.signals.listen(task_id) as changed:
             async with asyncio.timeout(timeout):

@@ -298,7 +298,7 @@ async def test_a_revoked_key_ends_within_five_seconds(
         async def ended() -> bool:
             return (await client.get("/v1/tasks")).status_code == 401
 
-        await wait_until(ended, 5)
+        await wait_until(ended)
     (shown,) = [
         each for each in got(await here.client.get("/v1/keys"))["data"] if each["id"] == key["id"]
     ]

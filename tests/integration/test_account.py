@@ -171,7 +171,7 @@ async def test_credits_that_answer_although_submissions_are_refused_are_asked_on
         ) as here:
             for number in range(6):
                 await here.submit(prompt=f"task {number}", headers=ASYNC)
-            await wait_until(lambda: len(theirs.sent) > 6)
+            await wait_until(lambda: len(theirs.sent) > 6 and theirs.probes > 1)
             assert theirs.probes == 2, "one at the start, one as a trial"
             theirs.refusal = None
             await wait_until(lambda: len(theirs.taken) == 6)
@@ -293,6 +293,7 @@ async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
 ) -> None:
     """Its answer counts as usual, and it says nothing about the key that was rejected meanwhile."""
     theirs, answered = accounts(error(401, "unauthorized")), asyncio.Event()
+    theirs.refusal = None  # the credits query of the start succeeds
 
     async def slow(request: Request) -> Response:
         body = json.loads(await request.body())
@@ -306,7 +307,8 @@ async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
     app.router.routes.insert(0, Route("/v1/images/generations", slow, methods=["POST"]))
     async with world(tmp_path, upstream=app, submit_schedule="600") as here:
         first = await here.submit(prompt="slow", headers=ASYNC)
-        await wait_until(lambda: "slow" in theirs.sent)
+        await wait_until(lambda: "slow" in theirs.sent and theirs.probes)
+        theirs.refusal = error(401, "unauthorized")
         await here.submit(prompt="refused")
         answered.set()
 

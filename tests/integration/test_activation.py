@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,10 +18,9 @@ from service.errors import ConfigurationError
 from service.settings import Settings
 from service.web import activation
 from service.web.activation import inherited
-from tests.crash.life import free_port
 from tests.environment import ROOT, clean_environment
 from tests.processes import Running, service_settings
-from tests.servers import missing
+from tests.servers import free_port, missing
 from tests.waiting import wait_until
 
 UNITS = ROOT / "deploy" / "systemd"
@@ -53,8 +52,7 @@ async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix
     not the one in its settings. It sends READY=1 when it serves and STOPPING=1 when it stops.
     """
     program = shutil.which("systemd-socket-activate") or missing("systemd")
-    async with AsyncExitStack() as stack:
-        port = free_port(stack)
+    port = free_port()
     path = tmp_path / "socket" if unix else None
     address = str(path) if path else f"127.0.0.1:{port}"
     told = tmp_path / "told"

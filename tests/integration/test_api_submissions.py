@@ -167,11 +167,14 @@ async def test_a_refusal_is_replayed_with_its_status(here: World) -> None:
 
 
 async def test_a_replay_waits_like_the_first(here: World) -> None:
-    """`Prefer` applies to a replayed request too."""
+    """`Prefer` applies to a replayed request too. The first task is held until its answer."""
     async with here.owner() as client:
         headers = {"idempotency-key": "k"}
+        pause = {"paused": True, "reason": "a test"}
+        got(await here.client.post("/v1/submission", json=pause))
         first = got(await client.post(SUBMIT, json=order(), headers=headers | ASYNC))
-        assert first["state"] != "completed"
+        assert first["state"] == "queued"
+        got(await here.client.post("/v1/submission", json={"paused": False}))
         again = got(await client.post(SUBMIT, json=order(), headers=headers | UNTIL_DONE))
         assert (again["id"], again["state"]) == (first["id"], "completed")
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.api import TIME, UNTIL_DONE, an_id, got, refused, submitted
+from tests.callbacks import said, verdict
 from tests.waiting import wait_until
 from tests.world import TEXT_TO_IMAGE, World, subscriber
 
@@ -232,11 +233,12 @@ async def test_a_cancelled_task_is_over_here_and_says_so_once(here: World) -> No
 
 async def test_nothing_that_comes_after_a_local_cancel_is_kept_but_the_charge(here: World) -> None:
     """After the upstream's late success the task stays cancelled and has no images. The service
-    records the cost.
+    records the cost. The test sends the callback, once the task is cancelled.
     """
-    task = await submitted(here.client, headers={}, sandbox={"delay": 0.6})
+    task = await submitted(here.client, headers={}, sandbox={"drop_callback": True})
     cancelled = got(await here.client.post(f"/v1/tasks/{task['id']}/cancel"))
     assert cancelled["usage"]["credits_used"] is None
+    assert await verdict(here, task, said(task, "completed")) == "accepted"
 
     async def charged() -> JSON | None:
         now = await here.task(task["id"])

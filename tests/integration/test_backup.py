@@ -141,7 +141,7 @@ async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice
                 await load
                 gate.set()
                 tasks = {
-                    task["id"]: task for task in await wait_until(lambda: all_ended(client), 60)
+                    task["id"]: task for task in await wait_until(lambda: all_ended(client), 90)
                 }
                 assert {task["state"] for task in tasks.values()} == {"completed"}
                 events = await every(client, "/v1/events")
@@ -175,7 +175,7 @@ async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice
         with started("serve", folder=tmp_path, **second) as service:
             async with client_of(service.address) as client:
                 again = {
-                    task["id"]: task for task in await wait_until(lambda: all_ended(client), 60)
+                    task["id"]: task for task in await wait_until(lambda: all_ended(client), 90)
                 }
                 assert len(again) == manifest["tasks"]
                 assert again.keys() <= tasks.keys()

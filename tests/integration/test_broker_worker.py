@@ -250,11 +250,12 @@ class Picky(Played):
 
 @pytest.mark.parametrize("error", [MessageRefused, MessageTooLarge])
 async def test_an_event_that_the_broker_refuses_three_times_is_skipped(
-    tmp_path: Path, error: type[MessageRefused]
+    tmp_path: Path, error: type[MessageRefused], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The events before and after it arrive in order. The skipped ones are logged and counted, and
     the connection stays open.
     """
+    monkeypatch.setattr(broker_worker, "RENEW_S", 600.0)  # a renewal opens it again
     broker = Picky("n1", "n2", "n4", error=error)
     with capture_logs() as captured:
         async with world(tmp_path) as here, publishing(here, broker) as worker:

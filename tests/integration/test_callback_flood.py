@@ -11,6 +11,7 @@ from service.signing import Keyring
 from tests.api import submitted
 from tests.callbacks import LIMIT, chunk, raw
 from tests.processes import ADMIN_KEY, service_settings, started
+from tests.waiting import wait_until
 
 SECRET = "a secret key of thirty-two bytes or more"
 FLOODS = {
@@ -69,11 +70,12 @@ async def test_a_flood_of_wrong_tokens_stops_no_callback(
                     path, content=b'{"status": "processing", "progress": %d}' % number
                 )
                 assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
+            await wait_until(lambda: seen[401] >= connections)
             over.set()
             await flood
             metrics = (await client.get("/metrics")).text
+            await wait_until(lambda: running.logged("callback.refused"))
     assert seen.keys() <= {401, 0}
-    assert seen[401] >= connections
     counted = float(
         metrics.split('darkroom_callbacks_total{verdict="wrong_token"} ')[1].split("\n")[0]
     )

@@ -201,8 +201,10 @@ async def test_after_expiry_a_callback_is_answered_and_the_end_stands(
     async with world(
         tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.05
     ) as there:
+        named = document("pending", id="task-unified-forgotten")
+        upstream.submits["to be forgotten"] = [named]
+        upstream.queries["task-unified-forgotten"] = [error(404, "task_not_found")]
         task = await there.submit(prompt="to be forgotten")
-        upstream.queries[task["upstream_id"]] = [error(404, "task_not_found")]
         assert (await there.ended(task["id"]))["state"] == "expired"
         bodies = sent(task)
         assert [await verdict(there, task, bodies["failed"]) for _ in range(3)] == [

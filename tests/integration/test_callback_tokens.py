@@ -19,7 +19,7 @@ from service.db.sqlite import SqliteStore
 from service.queue import worker
 from service.web import overload
 from service.web.routes import callback_route
-from tests.callbacks import LIMIT, call, chunk, counted, heard, quick_world, raw, said
+from tests.callbacks import LIMIT, call, chunk, counted, heard, judged, quick_world, raw, said
 from tests.logs import logged
 from tests.upstream import Upstream, document, failed, picture
 from tests.world import World, world
@@ -39,7 +39,8 @@ async def test_a_wrong_token_is_refused_without_touching_the_store(
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         statements.append(statement)
 
-    async with world(tmp_path, role=Role(workers=False)) as here:
+    # Without the upstream's key, the process does not check its account meanwhile.
+    async with world(tmp_path, role=Role(workers=False), evolink_api_key=None) as here:
         task = await here.submit(headers={"prefer": "respond-async"})
         store = here.context.resources.store
         assert isinstance(store, SqliteStore)
@@ -155,6 +156,7 @@ async def test_an_encoded_token_is_the_token(here: World, upstream: Upstream) ->
     for url in (encoded + "?token=wrong", right):
         status, _, answer = await raw(url, body, headers=f"content-length: {len(body)}\r\n")
         assert status == 200, answer
+        await judged(task["id"], body)
     await here.ended(task["id"])
     assert await heard(here, task) == [("accepted", "failed", 2)]
 
