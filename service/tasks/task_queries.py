@@ -190,9 +190,12 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
     )
     add("callback.received", called.where(callbacks.c.task_id == task_id))
     unreadable = (callbacks.c.task_id == task_id, callbacks.c.verdict == "unreadable")
-    for row in read(select(callbacks.c.id, callbacks.c.body).where(*unreadable)):
-        line = next(line for line in lines if line.get("callback_id") == row["id"])
-        line["raw"] = storable(row["body"][:RAW_BYTES].decode("utf-8", "replace"))
+    bodies = dict(
+        connection.execute(select(callbacks.c.id, callbacks.c.body).where(*unreadable)).all()
+    )
+    for line in lines:  # one that was judged meanwhile has no line yet
+        if (body := bodies.get(line.get("callback_id"))) is not None:
+            line["raw"] = storable(body[:RAW_BYTES].decode("utf-8", "replace"))
     if delivery_owner is not None:
         for line in lines:
             line.pop("raw", None)

@@ -2,20 +2,22 @@
 cannot be judged.
 """
 
+import asyncio
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine, event
 from structlog.testing import capture_logs
 
 from service.app import Role
 from service.db.inbox_table import inbox
+from service.db.postgres import PostgresStore
 from service.tasks import inbox_worker
 from service.tasks.callbacks import KEPT
 from service.tasks.inbox_worker import insert_callbacks
-from tests.callbacks import counted, heard, said
+from tests.callbacks import counted, heard, said, verdict
 from tests.upstream import Upstream, failed
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -85,9 +87,13 @@ async def test_a_flood_for_one_task_without_a_worker_stays_within_bounds(tmp_pat
     flooded, other = await submitted(tmp_path, upstream, 2)
     async with world(tmp_path, upstream=upstream.app, role=WEB) as here:
         await sent(here, other["id"], said(other, "failed"))
+
+        async def bounded() -> bool:
+            return len(await rows(here)) <= KEPT
+
         for number in range(3 * KEPT + 1):
             await sent(here, flooded["id"], b"garbage %d" % (number % 50))
-            assert len(await rows(here)) <= KEPT
+            await wait_until(bounded)  # a response does not wait for the verdicts
         assert [row["task_id"] for row in await rows(here)] == [other["id"], flooded["id"]]
         kept = await heard(here, flooded)
         assert (len(kept), sum(count for _, _, count in kept)) == (KEPT, 3 * KEPT)
@@ -107,7 +113,7 @@ async def test_a_row_that_cannot_be_judged_holds_up_no_other(
             await store.write(insert_callbacks, {"id": "cb_1", "task_id": stuck["id"], **foreign})
             await sent(here, task["id"], said(task, "failed"))
             await here.ended(task["id"])
-        (line,) = [line for line in lines if line["event"] == "worker.failed"]
+        line = next(line for line in lines if line["event"] == "worker.failed")
         assert (line["stage"], line["key"], line["attempt"]) == ("inbox", stuck["id"], 1)
         assert [row["task_id"] for row in await rows(here)] == [stuck["id"]]
 
@@ -133,11 +139,39 @@ async def test_the_worker_goes_on_after_a_fault_of_its_look(
     assert [line["stage"] for line in lines if line["event"] == "worker.failed"] == ["inbox"]
 
 
+async def test_a_timeline_is_read_while_a_callback_is_judged(tmp_path: Path) -> None:
+    """Each of its statements has a snapshot of its own."""
+    loop, armed = asyncio.get_running_loop(), [True]
+    async with world(tmp_path, upstream=Upstream().app, reconcile_after_s=600) as here:
+        task = await here.submit()
+
+        def meanwhile(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+            if "callbacks.body" in statement and armed:
+                armed.clear()
+                judging = verdict(here, task, b"garbage")
+                asyncio.run_coroutine_threadsafe(judging, loop).result(30)
+
+        event.listen(Engine, "before_cursor_execute", meanwhile)
+        try:
+            async with asyncio.timeout(30):
+                before, after = await heard(here, task), await heard(here, task)
+        finally:
+            event.remove(Engine, "before_cursor_execute", meanwhile)
+        assert (before, after) == ([], [("unreadable", None, 1)])
+
+
 async def test_a_worker_of_another_process_hears_of_a_callback(
     tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NOTIFY wakes the worker, long before its next look. Only the worker counts the verdict."""
     monkeypatch.setattr(inbox_worker, "LOOK_S", 600)
+    hints, take = list[str](), PostgresStore._take_hint
+
+    def heard_hint(store: PostgresStore, text: str) -> None:
+        hints.append(text)
+        take(store, text)
+
+    monkeypatch.setattr(PostgresStore, "_take_hint", heard_hint)
     upstream = Upstream()
     shared: dict[str, Any] = {"database_url": postgres_url, "secret_key": "k" * 32}
     shared |= {"upstream": upstream.app, "reconcile_after_s": 600}
@@ -145,6 +179,7 @@ async def test_a_worker_of_another_process_hears_of_a_callback(
         world(tmp_path / "web", role=WEB, **shared) as web,
         world(tmp_path / "worker", role=WORKER, **shared) as worker,
     ):
+        await wait_until(lambda: hints.count("{}") >= 2)  # both listen
         task = await web.submit()
         upstream.queries[task["upstream_id"]] = [failed("service_error")]
         await sent(web, task["id"], said(task, "failed"))
