@@ -72,7 +72,8 @@ async def run(here: World, *arguments: str) -> JSON:
         CliRunner().invoke, program, [*arguments, "--json"], env=settings
     )
     assert done.exit_code == 0, done.output
-    document: JSON = json.loads(done.stdout.splitlines()[-1])  # behind the service's own log
+    lines = (line for line in done.stdout.splitlines() if '"service":' not in line)  # no log
+    document: JSON = json.loads(list(lines)[-1])
     return document
 
 

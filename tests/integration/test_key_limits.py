@@ -12,7 +12,7 @@ from starlette.responses import Response
 from service.errors import ApiError, ConfigurationError
 from service.settings import load_settings
 from service.web.key_limits import KeyLimits
-from tests.api import SUBMIT, got, order, refused
+from tests.api import SUBMIT, UNTIL_DONE, got, order, refused
 from tests.upstream import Upstream, document, picture
 from tests.world import world
 
@@ -58,7 +58,7 @@ async def test_callbacks_images_health_and_metrics_have_no_request_limit(tmp_pat
         )
         assert called.json() == {"status": "accepted"}
         image = (
-            await here.client.get("/v1/events", params={"wait": 20, "type": "image.task.completed"})
+            await here.client.get("/v1/events", params={"wait": 28, "type": "image.task.completed"})
         ).json()["data"][0]
         await here.client.get("/v1/tasks")
         refused(await here.client.get("/v1/tasks"), 429, "rate_limit_exceeded")
@@ -83,7 +83,7 @@ async def test_callbacks_images_health_and_metrics_have_no_request_limit(tmp_pat
 async def test_a_wait_counts_once(tmp_path: Path) -> None:
     """A request that waits or streams counts once, whatever its duration."""
     async with world(tmp_path, key_requests="2/year") as here:
-        task = await here.submit(headers={"prefer": "wait=20"})
+        task = await here.submit(headers=UNTIL_DONE)
         assert task["state"] == "completed"
         async with here.client.stream(
             "GET", "/v1/events", params={"after": "0"}, headers={"accept": "text/event-stream"}

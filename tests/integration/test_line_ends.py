@@ -151,7 +151,7 @@ async def test_a_stream_has_the_line_ends_of_server_sent_events_alone(told: Told
     writer.write(f"{head}accept: text/event-stream\r\n\r\n".encode())
     seen = b""
     while seen.count(b"\ndata: ") < 2 or not seen.endswith(b"\n\n\r\n"):
-        seen += await asyncio.wait_for(reader.read(65536), 10)
+        seen += await asyncio.wait_for(reader.read(65536), 30)
     writer.close()
     assert not [end for end in ENDS if end.encode() in seen]
     datas = [line[6:] for line in seen.decode().splitlines() if line.startswith("data: ")]
@@ -164,19 +164,19 @@ LINES = Callable[[str, dict[str, str]], Iterator[str]]
 
 
 def httpx_lines(url: str, headers: dict[str, str]) -> Iterator[str]:
-    with httpx.stream("GET", url, headers=headers) as answer:
+    with httpx.stream("GET", url, headers=headers, timeout=30) as answer:
         yield from answer.iter_lines()
 
 
 def requests_lines(url: str, headers: dict[str, str]) -> Iterator[str]:
-    with requests.get(url, headers=headers, stream=True, timeout=10) as answer:
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         answer.encoding = "utf-8"
         yield from map(str, answer.iter_lines(chunk_size=1, decode_unicode=True))
 
 
 def received(url: str, headers: dict[str, str]) -> io.BytesIO:
     """The bytes of two events."""
-    with requests.get(url, headers=headers, stream=True, timeout=10) as answer:
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         body = b""
         for chunk in answer.iter_content(chunk_size=1):
             body += chunk
@@ -242,7 +242,7 @@ async def test_httpx_sse_finds_whole_events_in_the_stream(told: Told) -> None:
     """Whether its version ends lines at NEL, LS and PS or not."""
     found = []
     opened = httpx_sse.aconnect_sse(told.here.client, "GET", "/v1/events", params={"after": "0"})
-    async with asyncio.timeout(10), opened as source:
+    async with asyncio.timeout(30), opened as source:
         async for event in source.aiter_sse():
             found.append((event.id, event.event, json.loads(event.data)))
             if len(found) == 2:

@@ -106,7 +106,7 @@ async def test_usage_comes_as_csv(own: World) -> None:
     async with own.owner() as client:
         model = '=HYPERLINK("x")'
         await submitted(client, UNTIL_DONE)
-        await submitted(client, model=model)
+        await own.ended((await submitted(client, model=model))["id"])
         query = {"by": "model"}
         answer = await client.get("/v1/usage", params=query, headers={"accept": "text/csv"})
         assert answer.headers["content-type"].startswith("text/csv")

@@ -1,16 +1,19 @@
 """The ledger and the sandbox's record of charges agree, over HTTP (docs/money.md)."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.waiting import wait_until
-from tests.world import World, world
+from tests.world import LOOPBACK, World, world
 
 
 @pytest.fixture(scope="module")
@@ -65,36 +68,47 @@ async def test_usage_equals_the_upstreams_record(own: World, fields: dict[str, A
         assert sum(entry["credits"] for entry in entries if entry["kind"] == "reserve") == 0
 
 
-async def test_a_refund_that_comes_later_is_booked_by_the_next_query(own: World) -> None:
-    async with own.owner() as client:
-        faults = {"usage": 1.5, "refund": 1.5, "refund_after": 0.5}
-        task = await submitted(client, UNTIL_DONE, sandbox=faults)
-        assert got(await client.get("/v1/usage"))["totals"]["refunded"] == 0
-        totals: dict[str, Any] = {"refunded": 0}
-        for _ in range(50):
-            await own.client.post(f"/v1/tasks/{task['id']}/reconcile")
-            await asyncio.sleep(0.05)
-            totals = got(await client.get("/v1/usage"))["totals"]
-            if totals["refunded"]:
-                break
+async def test_a_refund_that_comes_later_is_booked_by_the_next_query(tmp_path: Path) -> None:
+    """The sandbox's clock goes on by hand."""
+    now = [time.time()]
+    options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05)
+    sandbox = create_sandbox(options, lambda: now[0])
+    async with world(tmp_path, upstream=sandbox) as there:
+        faults = {"usage": 1.5, "refund": 1.5, "refund_after": 600}
+        task = await submitted(there.client, UNTIL_DONE, sandbox=faults)
+        assert got(await there.client.get("/v1/usage"))["totals"]["refunded"] == 0
+        now[0] += 600
+        got(await there.client.post(f"/v1/tasks/{task['id']}/reconcile"))
+
+        async def refunded() -> bool:
+            return bool(got(await there.client.get("/v1/usage"))["totals"]["refunded"])
+
+        await wait_until(refunded)
+        totals = got(await there.client.get("/v1/usage"))["totals"]
         assert (totals["used"], totals["refunded"]) == (1.5, 1.5)
-        row = (await record(own))[task["id"]]
+        row = (await record(there))[task["id"]]
         assert (row["used"], row["refunded"]) == (1.5, 1.5)
 
 
 async def test_a_task_cancelled_here_costs_what_the_upstream_says(own: World) -> None:
     """The upstream makes it all the same. It is charged, and its image is not kept."""
     async with own.owner() as client:
-        task = await submitted(client, sandbox={"delay": 0.5})
+        task = await submitted(client, {}, sandbox={"drop_callback": True})
         cancelled = got(await client.post(f"/v1/tasks/{task['id']}/cancel"))
         assert (cancelled["state"], cancelled["cancel"]) == ("cancelled", "local")
+
+        async def charged() -> bool:
+            return bool((await record(own))[task["id"]]["used"])
+
+        await wait_until(charged)
+        got(await own.client.post(f"/v1/tasks/{task['id']}/reconcile"))
         assert await spent(client, 2) == {"used": 2, "reserved": 2, "images": 0}
         assert (await record(own))[task["id"]]["used"] == 2
 
 
 @pytest.mark.parametrize(
     ("faults", "used"),
-    [({"lose_submission": 1}, 0), ({"lose_answer": True, "delay": 1.5}, 2)],
+    [({"lose_submission": 1}, 0), ({"lose_answer": True, "drop_callback": True}, 2)],
     ids=["nothing was created", "proof comes late"],
 )
 async def test_an_uncertain_task_that_failed_costs_what_is_proved(
@@ -107,6 +121,13 @@ async def test_an_uncertain_task_that_failed_costs_what_is_proved(
         assert (task["state"], task["error"]["code"]) == ("failed", "submission_uncertain")
         entries = got(await there.client.get("/v1/ledger"))["data"]
         assert [entry["credits"] for entry in entries] == [2, 2, -2]
+
+        async def proved() -> list[Any]:
+            return [row for row in (await record(there)).values() if row["used"]]
+
+        for row in await wait_until(proved) if used else ():
+            proof = await there.sandbox.get(f"/v1/tasks/{row['id']}")
+            got(await there.stranger.post(there.callback_url(task["id"]), content=proof.content))
         assert (await spent(there.client, used))["used"] == used
         charged = sum(row["used"] for row in (await record(there)).values())
         assert charged == used

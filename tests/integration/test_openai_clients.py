@@ -41,13 +41,17 @@ async def test_the_library_gets_the_links_of_the_images(here: World, client: Any
 
 async def test_the_library_may_ask_for_one_request_alone(client: Any) -> None:
     """A header of the request replaces the client's. A task that has not ended has no data."""
-    one = {"Prefer": "wait=20"}
+    one = {"Prefer": "wait=31"}
     made = await client.images.generate(
         model=TEXT_TO_IMAGE, prompt="a", size="768x768", extra_headers=one
     )
     assert len(made.data) == 1
     made = await client.images.generate(
-        model=TEXT_TO_IMAGE, prompt="a", size="768x768", extra_headers={"Prefer": "respond-async"}
+        model=TEXT_TO_IMAGE,
+        prompt="a",
+        size="768x768",
+        extra_headers={"Prefer": "respond-async"},
+        extra_body={"sandbox": {"delay": 600}},
     )
     assert made.data is None
 

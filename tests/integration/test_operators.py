@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from ipaddress import ip_network
 from pathlib import Path
 from re import fullmatch, search
 from typing import Any
@@ -15,18 +14,18 @@ from structlog.testing import capture_logs
 from service.app import Role
 from service.queue import worker
 from service.tasks import pause
-from service.upstreams.sandbox import SandboxOptions
 from service.web.sessions import COOKIE
 from tests.api import TIME, an_id, got, refused, submitted
 from tests.browser.people import cookie
 from tests.environment import ROOT
 from tests.processes import darkroom
 from tests.waiting import wait_until
-from tests.world import ADMIN_KEY, LOOPBACK, World, subscriber, world
+from tests.world import ADMIN_KEY, World, subscriber, world
 
 pytestmark = pytest.mark.slow
 
 WHY = "prices doubled"
+TIMELINE = "/v1/tasks/{task_id}/timeline"  # where the command reads why a task waits
 HELD = f"held: submission is paused: {WHY}"
 
 
@@ -67,11 +66,10 @@ async def test_a_pause_stops_submitting_and_nothing_else(tmp_path: Path) -> None
     """A task that is on its way completes and is delivered. A new task is accepted, is held with
     its reason, and is sent after the pause.
     """
-    slow = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.5)
-    async with world(tmp_path, sandbox=slow) as here, subscriber() as hook:
+    async with world(tmp_path) as here, subscriber() as hook:
         body = {"url": hook.url, "types": ["image.task.completed", "submission.*"]}
         got(await here.client.post("/v1/endpoints", json=body), 201)
-        under_way = await here.submit()
+        under_way = await here.submit(sandbox={"delay": 2})
         assert under_way["state"] == "submitted"
         state = await change(here, True)
         assert (state["paused"], state["reason"], state["key_id"]) == (
@@ -310,7 +308,9 @@ async def test_the_command_line_pauses_resumes_and_acts_in_bulk(here: World) -> 
     async def held() -> bool:
         return bool(got(await here.client.get("/v1/submission"))["waiting"])
 
-    await wait_until(held)
+    with capture_logs() as lines:
+        await wait_until(held)
+        await wait_until(lambda: [line for line in lines if line.get("route") == TIMELINE])
     counted = await said(here, "bulk", "reconcile", "--state", "completed", "--json")
     assert (counted[0], '"done":null' in counted[1].replace(" ", "")) == (0, True)
     assert (await said(here, "resume", "--reason", "cheap again"))[0] == 0

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, event
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.app import Role
+from service.tasks import pause
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web import auth
 from service.web.routes.operation import Spec
@@ -185,13 +186,16 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             replay = await active(ann, "ann", f"{takes.url}/anns-hook", 2)
             await active(bob, "bob", f"{takes.url}/bobs-hook", 0)
             metrics = (await here.client.get("/metrics")).text
+    asked.clear()
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        # No lookup of a key falls into the middle of a comparison.
+        # No lookup of a key, and none of the pause, falls into the middle of a comparison.
         patch.setattr(auth, "CACHE_S", 3600)
+        patch.setattr(pause, "LOOK_S", 3600)
         here = await stack.enter_async_context(
             world(folder, upstream=upstream, role=Role(workers=False))
         )
+        await wait_until(lambda: asked)  # the start's own call
         ann, bob, carl = [await stack.enter_async_context(here.with_key(key)) for key in keys]
         before, bobs, _ = [await lists(client) for client in (ann, bob, carl)]
         task = before[0][0]

@@ -39,7 +39,7 @@ async def test_one_owners_flood_delays_anothers_task_by_a_round(tmp_path: Path) 
         for number in range(FLOOD, FLOOD + 20):
             await submitted(crowd, ASYNC, prompt=f"flood {number}")
         gate.set()
-        await wait_until(lambda: len(theirs.received) == FLOOD + 21, timeout=30)
+        await wait_until(lambda: len(theirs.received) == FLOOD + 21, timeout=60)
         order_of_arrival = list(theirs.received)
         assert order_of_arrival.index("modest") < 3 + 1 + 4, (
             "3 in flight, 1 leased already, 4 of the next round"

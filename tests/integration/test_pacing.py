@@ -55,6 +55,7 @@ def quick() -> Iterator[None]:
         patch.setattr(confirm_worker, "confirm_wait", lambda _queries: 0.05)
         patch.setattr(confirm_worker, "PATIENCE_S", 0.1)
         patch.setattr(UpstreamCheck, "run", nothing)
+        patch.setattr(upstream_routes, "SLOT_S", 60.0)  # nobody is refused on a busy machine
         yield
 
 
@@ -62,12 +63,6 @@ async def a_while(_call: str) -> None:
     """A short delay of a slow upstream: one pause of `wait_until`."""
     looks = iter((False, True))
     await wait_until(lambda: next(looks))
-
-
-async def longer(call: str) -> None:
-    """So long that a call outlasts the claims and writes between calls."""
-    for _ in range(5):
-        await a_while(call)
 
 
 @dataclass(slots=True)
@@ -283,18 +278,32 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
     """After repeated 429 answers the service makes one call at a time. Once the calls succeed the
     limit rises to its former value, and every task settles.
     """
-    upstream = Slow(busy=True)
+    gate = asyncio.Event()
+
+    async def held(_call: str) -> None:
+        await gate.wait()
+
+    upstream = Slow(held, busy=True)
     called = await submitted(tmp_path, 150)
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=8) as here:
         limiter = here.context.resources.limiter
         await call_back(here, called)
-        await wait_until(lambda: limiter.limit("confirm") == 1 and upstream.running <= 1)
+        await wait_until(lambda: upstream.running == 8)
+        upstream.ready = a_while
+        gate.set()
+        await wait_until(lambda: limiter.limit("confirm") == 1 and limiter.used() <= 1)
         assert upstream.most == 8
         upstream.most, before = 0, upstream.calls.total()
         await wait_until(lambda: upstream.calls.total() > before + 10)
         assert upstream.most == 1
-        upstream.busy, upstream.ready = False, longer
+        gate.clear()
+
+        async def held_at_last(call: str) -> None:
+            await (held(call) if limiter.limit("confirm") == 8 else a_while(call))
+
+        upstream.busy, upstream.ready = False, held_at_last
         await wait_until(lambda: upstream.most == 8)
+        gate.set()
         await all_settled(here)
         assert limiter.limit("confirm") == 8
 
@@ -352,5 +361,5 @@ async def test_what_is_passed_through_does_not_wait_for_ever(
                 )
                 assert answer.headers["retry-after"] == "5"
         assert upstream.calls.total() == 0
-        monkeypatch.setattr(upstream_routes, "SLOT_S", 5.0)
+        monkeypatch.setattr(upstream_routes, "SLOT_S", 30.0)
         assert (await here.client.get("/v1/credits")).status_code == 200

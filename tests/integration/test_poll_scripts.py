@@ -30,7 +30,7 @@ SKILL = {
     "X-EvoLink-Campaign": "nanobanana-2-lite-image",
     "X-EvoLink-Touchpoint": "first_run",
 }
-POLLS, POLL_S = 200, 0.05
+POLLS, POLL_S = 1000, 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ async def test_a_start_ends_the_session_of_a_stopped_process(
     The server waits for the other half of a statement without a limit.
     """
     monkeypatch.setattr(postgres, "STALLED_LOOK_S", 0.05)
-    monkeypatch.setattr(postgres, "STALLED_MS", 500)
+    monkeypatch.setattr(postgres, "STALLED_MS", 1500)
     monkeypatch.setattr(postgres, "BETWEEN_S", 0.05)
     async with open_postgres(postgres_url, process="first", new_id=new_id):
         pass
@@ -139,7 +139,8 @@ async def test_a_start_ends_the_session_of_a_stopped_process(
                     return {line["session"] for line in lines if line["event"] == "store.freed"}
 
                 # The write may be done before the watch hears that the session has ended.
-                assert await wait_until(freed) == {stopped.get_server_pid()}
+                pid = stopped.get_server_pid()
+                assert await wait_until(lambda: freed() & {pid}) == {pid}
     finally:
         stopped.terminate()
 

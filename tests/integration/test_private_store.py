@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,7 @@ async def test_no_callback_token_is_in_the_store(
             for prompt in ("fine", "busy", "lost")
         }
         for prompt, state in (("fine", "submitted"), ("busy", "queued"), ("lost", "uncertain")):
+            await wait_until(partial(upstream.received.get, prompt))
             await in_state(here, ids[prompt], state)
             sent = upstream.received[prompt][0].body
             assert here.callback_url(ids[prompt]).encode() in sent

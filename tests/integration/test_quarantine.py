@@ -40,9 +40,26 @@ async def here(
 async def blobs(here: World, task: JSON) -> dict[str, bytes]:
     """Every blob of the task with its bytes."""
     store = here.context.resources.blobs
-    names = [blob.name async for page in store.listed() for blob in page]
-    mine = [name for name in names if task["id"] in name]
-    return {name: b"".join([chunk async for chunk in store.read(name)]) for name in mine}
+    return {
+        name: b"".join([chunk async for chunk in store.read(name)])
+        for name in await names_of(here, task)
+    }
+
+
+async def names_of(here: World, task: JSON) -> list[str]:
+    listed = here.context.resources.blobs.listed()
+    return [blob.name async for page in listed for blob in page if task["id"] in blob.name]
+
+
+async def only_blob(here: World, task: JSON) -> bytes:
+    """A body is deleted after the outcome that replaces it is recorded."""
+
+    async def alone() -> bool:
+        return len(await names_of(here, task)) == 1
+
+    await wait_until(alone)
+    (content,) = (await blobs(here, task)).values()
+    return content
 
 
 async def lost_beside_a_picture(here: World, upstream: Upstream, url: str) -> JSON:
@@ -121,10 +138,10 @@ async def test_only_the_last_body_is_kept(here: World, upstream: Upstream) -> No
     upstream.files["odd"] = [served(f"page {number}".encode()) for number in range(4)]
     upstream.files["odd"] += [served(b"page 3")] * 100
     task = await here.ended((await made(here, upstream, link(here, "odd")))["id"])
-    assert list((await blobs(here, task)).values()) == [b"page 3"]
+    assert await only_blob(here, task) == b"page 3"
     await saved(here, upstream, "healed", *[served(b"page")] * 2, served(picture()))
     tasks = (await here.client.get("/v1/tasks", params={"limit": 1})).json()["data"]
-    assert list((await blobs(here, tasks[0])).values()) == [picture()]
+    assert await only_blob(here, tasks[0]) == picture()
     assert (await here.task(tasks[0]["id"]))["quarantine"] is None
 
 

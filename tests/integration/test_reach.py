@@ -13,12 +13,14 @@ from starlette.responses import Response
 from tests.api import ASYNC, SUBMIT, an_id, got, order, refused, submitted
 from tests.hostile import Guarded, guarded, place
 from tests.upstream import document, picture
+from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, subscriber
 
 
 @pytest.fixture(scope="module")
 async def there(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guarded]:
     async with guarded(tmp_path_factory.mktemp("reach")) as made:
+        await wait_until(lambda: made.recorded.requests)  # the start's own call
         yield made
 
 
