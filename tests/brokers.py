@@ -188,7 +188,7 @@ async def nats_taken(port: int, target: str) -> list[Taken]:
     async with await nats.connect(
         f"nats://127.0.0.1:{port}", user=USER, password=PASSWORD
     ) as client:
-        stream = client.jetstream()
+        stream = client.jetstream(timeout=60)
         try:
             state = (await stream.stream_info(target)).state
         except nats.js.errors.NotFoundError:
@@ -220,7 +220,8 @@ async def made(server: BrokerServer, target: str) -> None:
         async with await nats.connect(
             f"nats://127.0.0.1:{server.port}", user=USER, password=PASSWORD
         ) as client:
-            return target in [info.config.name for info in await client.jetstream().streams_info()]
+            stream = client.jetstream(timeout=60)
+            return target in [info.config.name for info in await stream.streams_info()]
 
     await wait_until(there, START_S)
 

@@ -43,6 +43,15 @@ def empty(disk: Path) -> None:
     (disk / BALLAST).unlink()
 
 
+def untraced(pid: int) -> bool:
+    """Whether the tracer still misses one of the threads."""
+    for thread in Path(f"/proc/{pid}/task").glob("*/status"):
+        with suppress(OSError):  # it has ended
+            if "TracerPid:\t0" in thread.read_text():
+                return True
+    return False
+
+
 @contextmanager
 def unwritable(pid: int) -> Iterator[None]:
     """Every write of the process to its database fails with EROFS, as on a file system that went
@@ -69,7 +78,7 @@ def unwritable(pid: int) -> Iterator[None]:
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
         try:
-            while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():
+            while untraced(pid):
                 if tracer.poll() is not None:
                     assert tracer.stderr is not None
                     missing("strace", tracer.stderr.read().strip())

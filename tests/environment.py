@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.known_secrets import know_settings
 
 ROOT = Path(__file__).parents[1]
-START_S, STOP_S = 60, 60
+START_S, STOP_S = 90, 90
 
 
 def clean_environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -215,7 +215,9 @@ class Launched:
 
     @property
     def printed(self) -> str:
-        return self.log.read_bytes()[self._from :].decode()
+        """The whole lines so far."""
+        said = self.log.read_bytes()[self._from :]
+        return said[: said.rfind(b"\n") + 1].decode()
 
     @property
     def code(self) -> int | None:

@@ -101,7 +101,8 @@ class Running:
         """
         event = None if plain else "service.started"
         for line in self._output:
-            said = json.loads(line) if line.startswith("{") else {}
+            whole = line.startswith("{") and line.endswith("\n")  # not cut off by a kill
+            said = json.loads(line) if whole else {}
             self._events.setdefault(said.get("event"), []).append(said)
             self.lines.append(line.rstrip("\n"))
             check_line(line)

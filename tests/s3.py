@@ -16,6 +16,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from tests.environment import STOP_S
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -46,7 +48,7 @@ def s3_running() -> Iterator[str]:
             yield address
         finally:
             server.stdin.close()
-            server.wait(20)
+            server.wait(STOP_S)
 
 
 def with_bucket(address: str, patch: pytest.MonkeyPatch) -> str:
@@ -61,7 +63,7 @@ def with_bucket(address: str, patch: pytest.MonkeyPatch) -> str:
         "Resource": f"arn:aws:s3:::{name}/*",
     }
     policy = {"Version": "2012-10-17", "Statement": [allow]}
-    with httpx.Client(base_url=address, trust_env=False) as client:
+    with httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
         assert client.put(f"/{name}").status_code == 200
         assert client.put(f"/{name}?policy", json=policy).status_code in (200, 204)
     for variable in [each for each in os.environ if each.startswith("AWS_")]:

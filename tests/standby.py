@@ -8,14 +8,13 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.servers import execute
+from tests.servers import execute, free_port
 
 STANDBY = "second"
 SETTLE_S = 30.0
@@ -87,10 +86,7 @@ def server(binaries: Path) -> Iterator[Server]:
         accounts = {user.pw_name: user for user in pwd.getpwall()}
         owner = (accounts.get("postgres") or accounts["nobody"]).pw_uid
         os.chown(folder, owner, -1)
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        made = Server(binaries, folder, held.getsockname()[1], owner)
+    made = Server(binaries, folder, free_port(), owner)
     try:
         yield made
     finally:

@@ -28,7 +28,7 @@ SANDBOX = SandboxOptions(
     api_key=UPSTREAM_KEY,
     networks=(ip_network(LOOPBACK),),
     delay_s=0.3,
-    callback_timeout_s=2,
+    callback_timeout_s=8,
     callback_delays_s=(1.0,) * 100,
 )
 

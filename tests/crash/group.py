@@ -29,9 +29,9 @@ LEASE_MS = 2000
 WEB, WORKER = ("serve", "--no-worker"), ("worker",)
 SETTINGS = {
     "SECRET_KEY": SECRET,
-    "SUBMIT_TIMEOUT_S": "3",
+    "SUBMIT_TIMEOUT_S": "10",
     "SUBMIT_SCHEDULE": "0.3",
-    "UNCERTAIN_AFTER_S": "3",
+    "UNCERTAIN_AFTER_S": "10",
     "RECONCILE_AFTER_S": "2",
     "DELIVERY_SCHEDULE": ",".join(["0.3"] * 100),
     "STOP_S": "5",

@@ -25,9 +25,9 @@ PICTURES = 2
 TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
 SETTINGS = {
     "SECRET_KEY": "the secret key of the crash tests that all share",
-    "SUBMIT_TIMEOUT_S": "3",
+    "SUBMIT_TIMEOUT_S": "5",
     "SUBMIT_SCHEDULE": "0.3",
-    "UNCERTAIN_AFTER_S": "3",
+    "UNCERTAIN_AFTER_S": "6",
     "RECONCILE_AFTER_S": "600",
     "DELIVERY_SCHEDULE": "0.3",
     "STOP_S": "5",
@@ -178,6 +178,14 @@ class Life:
         await wait_until(told, PATIENCE_S)
         return task
 
+    async def called_back(self, upstream: httpx.AsyncClient, task: JSON) -> bool:
+        """Whether the upstream's last callback is answered, and each one that was kept judged."""
+        (source,) = await made(upstream, task)
+        answers = [call["status"] for call in source["callbacks"]]
+        kept = answers.count(200) + (self.case.points[0] == "inbox.committed")
+        lines = (self.folder / LOG).read_text().count("callback.received")
+        return answers[-1:] == [200] and lines >= kept
+
     async def seen(self, client: httpx.AsyncClient, exits: list[int | None]) -> Ended:
         task = await self.quiet(client)
         if self.case.erased:
@@ -188,11 +196,9 @@ class Life:
         async with httpx.AsyncClient(
             base_url=self.bench.upstream_url, headers=theirs, trust_env=False, timeout=10
         ) as upstream:
-            sources = [
-                source
-                for source in await listed(upstream, "tasks", "/sandbox")
-                if source["idempotency_key"] == task["id"]
-            ]
+            if self.case.points[0].startswith("inbox.") and not self.case.paused:
+                await wait_until(lambda: self.called_back(upstream, task), PATIENCE_S)
+            sources = await made(upstream, task)
             originals = [
                 (await upstream.get(link)).content
                 for source in sources
@@ -217,6 +223,12 @@ class Life:
             answers=[call["status"] for source in sources for call in source["callbacks"]],
             steps=[step["step"] for step in steps],
         )
+
+
+async def made(upstream: httpx.AsyncClient, task: JSON) -> list[JSON]:
+    """The upstream's tasks for a task."""
+    sources = await listed(upstream, "tasks", "/sandbox")
+    return [source for source in sources if source["idempotency_key"] == task["id"]]
 
 
 async def passing(client: httpx.AsyncClient) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from service.signing import Keyring
-from tests.api import submitted
+from tests.api import ASYNC, got, submitted
 from tests.callbacks import connected
 from tests.waiting import wait_until
 
@@ -92,15 +92,27 @@ async def post(url: str, upstream_id: str) -> str:
     return answer.split()[1].decode()
 
 
-async def loaded(client: httpx.AsyncClient, count: int) -> Load:
-    """Makes `count` tasks that have failed at the upstream, which sends no callbacks for them."""
+async def bound(client: httpx.AsyncClient, task: dict[str, Any]) -> dict[str, Any]:
+    """The task once it has its upstream id, which a slow submission still lacks."""
+
+    async def look() -> dict[str, Any] | None:
+        shown = got(await client.get(f"/v1/tasks/{task['id']}"))
+        return shown if shown["upstream_id"] else None
+
+    return task if task["upstream_id"] else dict(await wait_until(look, PATIENCE_S))
+
+
+async def loaded(client: httpx.AsyncClient, count: int, *, worker: bool = True) -> Load:
+    """Makes `count` tasks that have failed at the upstream, which sends no callbacks for them.
+    Without a worker they wait for their submission.
+    """
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def one() -> dict[str, Any]:
         async with turn:
-            return await submitted(
-                client, {}, sandbox={"fail": "service_error", "drop_callback": True}
-            )
+            sandbox = {"fail": "service_error", "drop_callback": True}
+            task = await submitted(client, {} if worker else ASYNC, sandbox=sandbox)
+            return await bound(client, task) if worker else task
 
     return Load(list(await asyncio.gather(*(one() for _ in range(count)))))
 

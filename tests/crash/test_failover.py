@@ -92,7 +92,7 @@ async def test_the_host_that_takes_writes_is_found_among_several(
     """The connection skips a silent host and a read-only host, each within its timeout. An open
     connection detects a peer that falls silent.
     """
-    monkeypatch.setattr(failover, "CONNECT_S", 1.0)
+    monkeypatch.setattr(failover, "CONNECT_S", 3.0)
     primary, second = pair
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = standby.url(second, primary).replace("@", f"@127.0.0.1:{silent.getsockname()[1]},")

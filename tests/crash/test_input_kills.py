@@ -32,7 +32,7 @@ STORES = ("sqlite", "postgres")
 AT_ONCE, CASE_S = 12, 200.0
 Story = Callable[..., Awaitable[None]]
 CASES: dict[str, tuple[str, Story]] = {}
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 class Mortal:

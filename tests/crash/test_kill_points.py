@@ -62,7 +62,7 @@ PAUSED = [
 AT_ONCE = 16  # cases at a time, so that a slow machine does not make a late result look lost
 Lives = dict[Case, Ended | BaseException]
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,9 @@ async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
         log = (tmp_path / "haproxy.log").read_text()
         assert re.search("status=200 .* retries=[1-9]", log), "the proxy never had to retry"
         assert "callbacks/evolink" not in log
-        async with httpx.AsyncClient(base_url=f"http://{public}", trust_env=False) as stranger:
+        async with httpx.AsyncClient(
+            base_url=f"http://{public}", trust_env=False, timeout=30
+        ) as stranger:
             assert (await stranger.get("/v1/tasks")).status_code == 404
 
 
@@ -204,7 +206,7 @@ async def test_the_proxy_speaks_tls_unless_it_is_turned_off(tmp_path: Path) -> N
         stack.enter_context(haproxy(public, backend, log, PROXY_CERTIFICATE=str(certificate)))
         await wait_until(lambda: open_at(public), PATIENCE_S)
         trusted = ssl.create_default_context(cafile=str(certificate))
-        async with httpx.AsyncClient(verify=trusted, trust_env=False) as client:
+        async with httpx.AsyncClient(verify=trusted, trust_env=False, timeout=30) as client:
             assert (await client.get(f"https://{public}/v1/tasks")).status_code == 404
             with pytest.raises(httpx.TransportError):
                 await client.get(f"http://{public}/v1/tasks")

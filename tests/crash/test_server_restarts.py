@@ -9,6 +9,7 @@ import pytest
 from tests.api import got
 from tests.crash.chaos.members import restart
 from tests.crash.group import PATIENCE_S, WEB, WORKER, groups
+from tests.crash.load import bound
 from tests.servers import missing, postgres_binaries, postgres_running
 from tests.waiting import wait_until
 
@@ -35,13 +36,7 @@ async def test_a_restart_of_the_server_ends_no_process(
     async with groups(tmp_path, own_server) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]
         known = await group.order(web, 0, sandbox={"fail": "service_error", "drop_callback": True})
-        task = got(await web.client.get(f"/v1/tasks/{known}"))
-        await wait_until(lambda: group.bench.upstream.posts["0"], PATIENCE_S)
-
-        async def submitted() -> object:
-            return (await web.client.get(f"/v1/tasks/{known}")).json()["upstream_id"]
-
-        task["upstream_id"] = await wait_until(submitted, PATIENCE_S)
+        task = await bound(web.client, got(await web.client.get(f"/v1/tasks/{known}")))
         orders = [asyncio.create_task(group.order(web, number)) for number in range(1, 20)]
         answers = []
         stopping = asyncio.create_task(asyncio.to_thread(restart, own_server, mode))

@@ -111,7 +111,7 @@ async def test_a_migration_that_must_wait_lets_callbacks_pass(
     """
     async with groups(tmp_path, postgres_server) as group:
         web = await group.start(WEB)
-        load = await loaded(web.client, 5)
+        load = await loaded(web.client, 5, worker=False)
         reader = await asyncpg.connect(group.database)
         try:
             async with reader.transaction():

@@ -32,9 +32,9 @@ SEEDS = (1, 2, 3, 5)
 MOST = 4_000_000  # characters of trace before a kill, enough for several tasks
 SETTINGS = {
     "LOG_LEVEL": "debug",  # with the requests of callbacks
-    "SUBMIT_TIMEOUT_S": "3",
+    "SUBMIT_TIMEOUT_S": "5",
     "SUBMIT_SCHEDULE": "0.3",
-    "UNCERTAIN_AFTER_S": "3",
+    "UNCERTAIN_AFTER_S": "6",
     "RECONCILE_AFTER_S": "600",  # the upstream does not repeat a lost callback
     "DELIVERY_SCHEDULE": "0.3",
 }

@@ -24,7 +24,7 @@ from tests.durability.trace import SYNCS, moments, tracing
 from tests.environment import clean_environment
 from tests.stores import open_sqlite
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ async def test_a_backup_vouches_for_what_lasts(rounds: Rounds, tmp_path: Path) -
             env=environment,
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=200,
         )
         found = []
         for moment in moments((tmp_path / command).read_text("ascii").splitlines(), {}):
