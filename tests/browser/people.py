@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 from service.signing import hash_api_key
 from service.web.sessions import COOKIE
@@ -21,6 +21,8 @@ from tests.world import ADMIN_KEY, World
 AXE = Path(sys.prefix) / "node" / "node_modules" / "axe-core" / "axe.min.js"
 SERIOUS = ("serious", "critical")
 HEIGHT = 800
+PATIENCE_MS = 30_000
+expect.set_options(timeout=PATIENCE_MS)
 VIOLATIONS = "async () => (await axe.run({ resultTypes: ['violations'] })).violations"
 
 
@@ -39,7 +41,9 @@ async def chromium() -> AsyncIterator[Browser]:
         missing("chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"]
+            executable_path=program,
+            args=["--no-sandbox", "--disable-dev-shm-usage"],
+            timeout=100_000,
         )
         yield browser
         await browser.close()
@@ -65,7 +69,7 @@ async def stranger(
     context = await browser.new_context(
         viewport={"width": width, "height": HEIGHT}, base_url=url, **more
     )
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(PATIENCE_MS)
     page, wrong = await context.new_page(), list[str]()
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)

@@ -149,6 +149,11 @@ async def test_a_task_is_cancelled_and_a_key_revoked_only_after_a_question(
     browser: Browser, here: World
 ) -> None:
     task = await here.submit(sandbox={"delay": 600})
+
+    async def submitted() -> bool:
+        return bool((await here.task(task["id"]))["state"] == "submitted")
+
+    await wait_until(submitted)
     key = (await here.client.post("/v1/keys", json={"owner": "leaver", "scopes": ["read"]})).json()
     async with person(browser, here) as page:
         dialog = page.get_by_role("dialog")

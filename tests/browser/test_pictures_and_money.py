@@ -63,6 +63,7 @@ async def test_an_owner_gets_a_key_with_a_budget_spends_and_loses_the_key(
         await page.get_by_label("Owner").fill(owner)
         await page.get_by_label("Budget in credits").fill("10")
         await page.get_by_role("button", name="Create key").click()
+        await expect(page.locator("main")).to_contain_text(re.compile("dk_[a-z2-7]{20,}"))
         key = re.search("dk_[a-z2-7]{20,}", await page.locator("main").inner_text())
         assert key is not None
         assert await complaints(page) == []

@@ -28,11 +28,11 @@ async def tasks(here: World) -> list[str]:
     return [task["id"] for task in (await here.client.get("/v1/tasks")).json()["data"]]
 
 
-async def references(page: Page) -> list[str]:
-    return [
-        await each.input_value()
-        for each in await page.locator("input[type=hidden][name=image]").all()
-    ]
+async def references(page: Page, count: int) -> list[str]:
+    """Their values, once the page has that many."""
+    found = page.locator("input[type=hidden][name=image]")
+    await expect(found).to_have_count(count)
+    return [await each.input_value() for each in await found.all()]
 
 
 async def fill(page: Page, label: str, text: str) -> None:
@@ -177,7 +177,7 @@ async def test_references_come_by_upload_drop_paste_link_and_gallery_and_change_
         await page.get_by_text("From the gallery").click()
         await page.locator(f".picks button[value='add:{result['images'][0]['id']}']").click()
         await expect(rows).to_have_count(5)
-        before = await references(page)
+        before = await references(page, 5)
         assert [value[:4] for value in before] == ["file", "file", "file", "http", "img_"]
         await page.get_by_role("button", name="Move reference 5 earlier").click()
         await expect(rows.nth(3)).to_contain_text("img_")
@@ -185,7 +185,7 @@ async def test_references_come_by_upload_drop_paste_link_and_gallery_and_change_
         await expect(rows.nth(2)).to_contain_text(before[0])
         await page.get_by_role("button", name="Remove reference 5").click()
         await expect(rows).to_have_count(4)
-        assert await references(page) == [before[1], before[2], before[0], before[4]]
+        assert await references(page, 4) == [before[1], before[2], before[0], before[4]]
         assert await complaints(page) == []
         await page.locator("#prompt").fill("a starry sky")
         await page.get_by_role("button", name="Send").locator("visible=true").click()
@@ -216,7 +216,7 @@ async def test_a_file_that_is_no_picture_is_an_error_at_the_references(
         await page.goto(f"{PLAYGROUND}?model={EDITS}")
         await page.locator("#upload").set_input_files([upload("a.png", b"no picture")])
         await expect(page.locator("#image_urls-error")).to_contain_text("image_urls")
-        assert await references(page) == []
+        assert await references(page, 0) == []
 
 
 async def test_references_work_without_scripts(browser: Browser, here: World) -> None:
@@ -228,10 +228,13 @@ async def test_references_work_without_scripts(browser: Browser, here: World) ->
             [upload("a.png", picture()), upload("b.png", picture("navy"))]
         )
         await page.get_by_role("button", name="Upload").click()
-        first, second = await references(page)
+        first, second = await references(page, 2)
         await page.get_by_role("button", name="Move reference 2 earlier").click()
-        assert await references(page) == [second, first]
+        shown = page.locator("input[type=hidden][name=image]")
+        await expect(shown.first).to_have_value(second)
+        assert await references(page, 2) == [second, first]
         await page.get_by_role("button", name="Remove reference 1").click()
+        assert await references(page, 1) == [first]
         await page.locator("#prompt").fill("without scripts")
         await page.get_by_role("button", name="Send").locator("visible=true").click()
         await page.wait_for_url("**?task=*")
@@ -257,7 +260,7 @@ async def test_a_result_is_used_again_edited_and_as_a_reference(
         await page.goto(f"{PLAYGROUND}?task={task['id']}")
         await page.get_by_role("link", name="Use as reference").first.click()
         await expect(page.get_by_label("Model")).to_have_value(EDITS)
-        assert await references(page) == [image]
+        assert await references(page, 1) == [image]
 
 
 async def test_the_request_is_shown_as_three_programs(browser: Browser, here: World) -> None:

@@ -8,6 +8,7 @@ from playwright.async_api import Browser, expect
 from starlette.responses import Response
 
 from tests.browser.people import WIDTHS, complaints, person
+from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber
 
 
@@ -56,17 +57,19 @@ async def test_an_endpoint_is_added_its_delivery_breaks_and_is_replayed(
         await expect(page.locator("#secret")).to_contain_text("whsec_")
         assert await complaints(page) == []
         await page.get_by_role("link", name="To the endpoint").click()
+        await page.wait_for_url("**/console/endpoints/ep_*")
         assert await complaints(page) == []
         endpoint = page.url.rpartition("/")[2]
         task = await here.submit()
         await here.ended(task["id"])
         await page.goto(f"/console/deliveries?endpoint={endpoint}&state=dead")
         again = page.get_by_role("link", name="Send 1 dead again")
-        for _ in range(50):
-            if await again.count():
-                break
-            await page.wait_for_timeout(100)
+
+        async def offered() -> bool:
             await page.reload()
+            return bool(await again.count())
+
+        await wait_until(offered)
         assert await complaints(page) == []
         shop.answer = lambda _n, _request: Response(status_code=204)
         await again.click()
