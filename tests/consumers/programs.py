@@ -39,7 +39,7 @@ SERVERS = {
     "with_fastapi.py": ("-m", "uvicorn", "--log-level", "warning", "with_fastapi:app", "--port"),
     "with_flask.py": ("-m", "flask", "--app", "with_flask", "run", "--port"),
 }
-STOP_S = 30
+STOP_S = 60
 
 
 def node() -> str:
@@ -141,7 +141,7 @@ async def listening(port: int) -> None:
             return True
         return False
 
-    await wait_until(connected, 60)
+    await wait_until(connected, 90)
 
 
 def judged(script: str, said: str, folder: Path) -> str:
@@ -157,7 +157,7 @@ def judged(script: str, said: str, folder: Path) -> str:
         input=said,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 KILLS, TASKS = 20, 500
 ROUND = TASKS // KILLS  # tasks between two kills, with two events each
 PICTURES = 5  # the tasks of a round that complete; the rest fail, which takes less time
-SCHEDULE = ",".join(["0.1"] * 40 + ["0.5"] * 60)
+SCHEDULE = ",".join(["0.1"] * 40 + ["1"] * 60)
 PATIENCE_S = 100
 
 
@@ -151,7 +151,11 @@ async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Pat
             flow = asyncio.gather(*(submitted(client, ASYNC, **fault) for fault in faults))
             await asyncio.gather(flow, *(each.live(number) for each in consumers))
 
+        async def delivered() -> bool:
+            return not got(await client.get("/v1/deliveries", params={"state": "pending"}))["data"]
+
         await wait_until(lambda: all(each.count >= 2 * TASKS for each in consumers), PATIENCE_S)
+        await wait_until(delivered, PATIENCE_S)  # whose end may be an event
         events = await outbox(client)
         of_tasks = await outbox(client, type="image.task.*")
         # The killed receiver fails and recovers, which is an event for operators.

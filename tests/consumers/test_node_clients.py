@@ -21,7 +21,7 @@ from tests.world import TEXT_TO_IMAGE, World, world
 
 JSON = dict[str, Any]
 PROGRAM = Path(__file__).parent / "clients.mjs"
-REPORTS_S = 60
+REPORTS_S = 100
 
 
 @pytest.fixture(scope="module")

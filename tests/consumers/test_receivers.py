@@ -113,6 +113,7 @@ async def test_a_receiver_takes_each_event_once_and_nothing_forged(
             task = await submitted(client, UNTIL_DONE, metadata={"order": "七\u2028"})
             sent = await told(client, task)
             ids = {event["id"] for event in await events(client)}
+            await wait_until(lambda: len(program.taken) >= len(ids))
             assert set(program.taken) == {each["event"] for each in sent} == ids
             again = got(await client.post(f"/v1/deliveries/{sent[0]['id']}/retry"))
             assert [attempt["status"] for attempt in again["attempts"]] == [204, 204]
@@ -178,6 +179,7 @@ async def test_a_receiver_verifies_by_the_public_key_alone(here: World, tmp_path
             await listening(port)
             task = await submitted(client, UNTIL_DONE)
             (sent,) = await told(client, task)
+            await wait_until(lambda: program.taken)
             assert program.taken == [sent["event"]]
             keyring, body, now = here.context.resources.keyring, b"{}", int(time.time())
 
@@ -217,7 +219,7 @@ async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader
             with running(tmp_path, reader, reading(client)) as program:
                 await submitted(client, UNTIL_DONE)
                 # called within this iteration
-                await wait_until(lambda: len(program.taken) >= count, 30)  # noqa: B023
+                await wait_until(lambda: len(program.taken) >= count, 90)  # noqa: B023
             seen += program.taken
         assert seen == [event["id"] for event in await events(client)]
 
@@ -239,7 +241,7 @@ async def test_a_reader_whose_place_is_gone_reads_the_tasks(tmp_path: Path, read
         first, *rest = await events(here.client)
         await here.context.resources.store.write(forget, int(first["sequence"]))
         with running(tmp_path, reader, reading(here.client)) as program:
-            await wait_until(lambda: len(program.taken) >= len(rest), 30)
+            await wait_until(lambda: len(program.taken) >= len(rest), 90)
         assert program.lines[:2] == [f"{task['id']} completed" for task in reversed(tasks)]
         assert program.taken == [event["id"] for event in rest]
 

@@ -60,7 +60,7 @@ class Tools:
             text = await self.call("check_task", task_id=task_id)
             return None if fields_of(text)["Status"] in ("pending", "processing") else text
 
-        text: str = await wait_until(look)
+        text: str = await wait_until(look, 90)
         return text
 
 

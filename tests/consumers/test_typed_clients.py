@@ -21,7 +21,7 @@ from tests.waiting import wait_until
 from tests.world import world
 
 DOCUMENT = ROOT / "docs" / "clients.md"
-COMMANDS_S = 120
+COMMANDS_S = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ async def test_a_typed_program_submits_waits_receives_and_verifies(
         secret = got(await client.post("/v1/endpoints", json={"url": url}), 201)["secret"]
         settings = {**reading(client), "SECRET": secret}
         with running(folder, language.program, settings, port) as program:
-            await wait_until(lambda: any(line.startswith("task_") for line in program.lines), 30)
+            await wait_until(lambda: any(line.startswith("task_") for line in program.lines), 90)
             (task,) = got(await client.get("/v1/tasks"))["data"]
             assert task["state"] == "completed"
             assert " ".join([task["id"], "completed", *task["results"]]) in program.lines
@@ -141,7 +141,7 @@ async def test_a_typed_program_submits_waits_receives_and_verifies(
                 for event in await events(client)
             }
             assert len(sent) == len(heard) == 2
-            await wait_until(lambda: heard <= set(program.lines), 10)
+            await wait_until(lambda: heard <= set(program.lines))
             event = json.dumps((await events(client))[0]).encode()
             forged = {
                 **forgeries(secret),

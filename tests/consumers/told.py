@@ -100,7 +100,7 @@ async def told(folder: Path) -> AsyncIterator[Told]:
         described = got(await here.stranger.get("/asyncapi.json"))
         yield Told(
             {id: webhooks[id] for id in ids},
-            streamed,
+            {id: streamed[id] for id in ids},
             {id: pulled[id] for id in ids},
             tested,
             own,
