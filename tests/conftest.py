@@ -175,6 +175,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.parent.name in HEAVY and not item.get_closest_marker("timeout"):
+        item.add_marker(pytest.mark.timeout(300))  # processes start slowly on a busy machine
     if item.config.option.markexpr and isinstance(item, pytest.Function) and is_quick(item):
         item.add_marker("quick")
 

@@ -5,7 +5,6 @@ process. `test_callbacks_meanwhile.py` measures callbacks during these attacks.
 
 import asyncio
 import json
-import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -30,6 +29,7 @@ from tests.attack.target import (
     whole_answer,
 )
 from tests.processes import Running, service_settings
+from tests.servers import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(240)
@@ -114,9 +114,7 @@ async def test_sums_of_all_owners_are_the_operators(under: Target) -> None:
 
 async def test_a_terminal_is_sent_no_control_characters_of_a_client(tmp_path: Path) -> None:
     """In the log format `console`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = service_settings(
         "http://127.0.0.1:9", tmp_path, LOG_FORMAT="console", LOG_PROMPTS="true"
     )

@@ -184,7 +184,7 @@ class Upstream:
         async with self.callers:
             started = time.perf_counter()
             with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     reader, writer = await asyncio.open_connection(url.hostname, url.port)
                     head = (
                         f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type:"

@@ -10,7 +10,7 @@ import pytest
 from tests.environment import ROOT, clean_environment
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
     """`make demo` of the README: the last line, exit code 0, the files that it leaves, and a store
     that it empties first.
@@ -24,7 +24,7 @@ def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
         env=clean_environment({"DARKROOM_PORT": "nonsense"}),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +63,7 @@ def test_a_demo_that_cannot_run_says_why_and_where_to_look(tmp_path: Path) -> No
         env=clean_environment({}),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 1

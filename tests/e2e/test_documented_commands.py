@@ -26,7 +26,7 @@ from tests.processes import UPSTREAM_KEY, sandbox, service_settings
 from tests.servers import free_port, missing
 from tests.terminals import COMMAND_S, quick_program
 
-START_S, STOP_S = 60, 30
+START_S, STOP_S = 90, 60
 SERVER = re.compile(r"(?:env .*)?(?:darkroom|caddy) (serve|worker|sandbox|run)\b")
 pytestmark = pytest.mark.timeout(300)
 

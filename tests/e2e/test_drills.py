@@ -27,6 +27,7 @@ from service.signing import Keyring
 from service.web.overload import SHED_AT
 from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
+from tests.consumers.programs import listening
 from tests.disks import small_disk
 from tests.docs.dashboard import dashboard
 from tests.environment import ROOT
@@ -303,6 +304,7 @@ async def test_dead_letters(scene: Scene) -> None:
     identifier = json.loads(endpoint)["id"]
     assert identifier in scene.run("deliveries", "list", "--state", "dead", "--json")
     with receiving(port):
+        await listening(port)
         scene.run("bulk", "deliveries", "--endpoint", identifier, "--yes")
         mine = ("deliveries", "list", "--endpoint", identifier, "--state", "delivered", "--json")
         await wait_until(lambda: len(json.loads(scene.run(*mine))["data"]) == 2)
@@ -311,7 +313,7 @@ async def test_dead_letters(scene: Scene) -> None:
 
 
 async def test_callbacks_with_wrong_tokens(scene: Scene) -> None:
-    async with httpx.AsyncClient(base_url=scene.url, trust_env=False) as stranger:
+    async with httpx.AsyncClient(base_url=scene.url, trust_env=False, timeout=30) as stranger:
         for number in range(15):
             path = f"/callbacks/evolink/task_agrcruksvk3yv2kiynce2m3swe/wrong{number:020}"
             assert (await stranger.post(path, json={"id": "x"})).status_code in (401, 429)
@@ -424,7 +426,7 @@ async def test_clients_that_are_shed(scene: Scene) -> None:
     key = {"authorization": f"Bearer {ADMIN_KEY}"}
     async with (
         AsyncExitStack() as stack,
-        httpx.AsyncClient(base_url=scene.url, headers=key, trust_env=False) as client,
+        httpx.AsyncClient(base_url=scene.url, headers=key, trust_env=False, timeout=30) as client,
     ):
         for _ in range(SHED_AT + 20):
             _, writer = await asyncio.open_connection("127.0.0.1", scene.port)
@@ -447,7 +449,7 @@ async def test_no_worker_and_late_deliveries(postgres_url: str, tmp_path: Path) 
         more = {
             "DATABASE_URL": postgres_url,
             "SECRET_KEY": "k" * 64,
-            "DELIVERY_SCHEDULE": "3,3",
+            "DELIVERY_SCHEDULE": ",".join(["3"] * 20),
             "PORT": str(free_port()),
         }
         settings = service_settings(upstream.address, tmp_path, **more)

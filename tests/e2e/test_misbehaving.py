@@ -199,19 +199,23 @@ async def seen(
     return outcomes
 
 
-async def late(client: httpx.AsyncClient, prompts: Mapping[str, str]) -> None:
-    """Waits for the proofs that arrive after the end of a task."""
+async def late(client: httpx.AsyncClient, service: Running, prompts: Mapping[str, str]) -> None:
+    """Waits for what is told of the callbacks that arrive after the end of a task."""
     for task_id, prompt in prompts.items():
         expected = behaviour(prompt)
 
         async def told(
-            task_id: str = task_id,
-            types: frozenset[str] = frozenset(expected.tells) & {"task.late_result"},
+            task_id: str = task_id, tells: frozenset[str] = frozenset(expected.tells)
         ) -> bool:
             events = (
                 await client.get("/v1/events", params={"task": task_id, "limit": 1000})
             ).json()["data"]
-            return types <= {event["type"] for event in events}
+            logged = {
+                name
+                for name in tells
+                if any(line.get("task_id") == task_id for line in service.logged(name))
+            }
+            return tells <= logged | {event["type"] for event in events}
 
         if expected.when == "ended":
             with suppress(AssertionError):
@@ -239,7 +243,7 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
         settings = service_settings(upstream.base, tmp_path, **SETTINGS)
         with started("serve", folder=tmp_path, **settings) as service:
             async with httpx.AsyncClient(
-                base_url=service.address, headers=auth, timeout=30, limits=limits, trust_env=False
+                base_url=service.address, headers=auth, timeout=90, limits=limits, trust_env=False
             ) as client:
                 answers = await asyncio.gather(*(submitted(client, prompt) for prompt in orders))
                 prompts = {
@@ -247,7 +251,7 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
                     for answer, prompt in zip(answers, orders, strict=True)
                 }
                 await followed(client, upstream, prompts)
-                await late(client, prompts)
+                await late(client, service, prompts)
                 await upstream.repeat()
                 outcomes = await seen(client, upstream, service, prompts)
 

@@ -135,9 +135,10 @@ async def test_run_it_break_it_be_told_find_the_cause_and_mend_it(
     # One id finds the task in the timeline, in the log, in the trace and in the console.
     shell.type(f"darkroom task {task}")
     (reason,) = re.findall(r"task\.held +message=(.*)", shell.output)
-    await wait_until(lambda: task in collector.of_tasks)
+    await wait_until(lambda: "submit" in dict(collector.of_tasks.get(task, ())))
     (trace,) = {trace for name, trace in collector.of_tasks[task] if name == "submit"}
-    said = [json.loads(line) for line in machine.log.splitlines() if task in line]
+    whole = machine.log.rpartition("\n")[0]
+    said = [json.loads(line) for line in whole.splitlines() if task in line]
     assert {"task.queued", "task.submission_retried"} <= {line["event"] for line in said}
     assert {line["trace_id"] for line in said if "trace_id" in line} == {trace}
     async with httpx.AsyncClient(base_url=machine.public, verify=False, trust_env=False) as browser:

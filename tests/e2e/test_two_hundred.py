@@ -92,6 +92,7 @@ async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(
             for url, original in served.items():
                 answer = await client.get(url)
                 assert (answer.status_code, answer.content) == (200, original)
+            await wait_until(lambda: len(service.logged("callback.received")) >= TASKS)
             assert len(service.logged("callback.received")) == TASKS
             assert {line["verdict"] for line in service.logged("callback.received")} == {"accepted"}
             assert not service.logged("worker.failed")
