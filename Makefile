@@ -15,7 +15,7 @@ COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \
   || { echo "$$found" >&2; \
     echo "$(VENV) is incomplete: run make lock, then make clean" >&2; exit 1; }
 # One process runs all tests of a file, because they share servers.
-WORKERS ?= 4
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Logic, workers and SQL of the steps. Coverage traces the tests' own processes and none that they

@@ -30,6 +30,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.timeout(240)
 
 ROUNDS, TIMES, ENDPOINTS = 9, 3, 100
+BUSY_TIMES = 6  # for 20 connections that are never idle: what they ask is work, not a weight
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,10 @@ ATTACKS: dict[str, Callable[[Target], AbstractAsyncContextManager[Any]]] = {
 
 
 async def compared(
-    under: Target, measured: Pulse, attack: Callable[[Target], AbstractAsyncContextManager[Any]]
+    under: Target,
+    measured: Pulse,
+    attack: Callable[[Target], AbstractAsyncContextManager[Any]],
+    limit: int,
 ) -> list[float]:
     """How many times as long the slowest hundredth of callbacks takes as that of a calm service,
     for each round. Other work of the machine only adds to what an attack does, so the least counts:
@@ -149,7 +153,7 @@ async def compared(
     """
     found: list[float] = []
     async with attack(under):
-        while not found or (len(found) < ROUNDS and min(found) >= TIMES):
+        while not found or (len(found) < ROUNDS and min(found) >= limit):
             attacked, calm = await measured.p99()
             print(f"{attacked:.1f} ms under attack, {calm:.1f} ms in peace")
             found.append(attacked / calm)
@@ -158,6 +162,9 @@ async def compared(
 
 @pytest.mark.parametrize("name", ATTACKS)
 async def test_callbacks_are_answered_meanwhile(services: tuple[Target, Pulse], name: str) -> None:
-    """The slowest hundredth takes less than three times as long as that of an idle service."""
-    found = await compared(*services, ATTACKS[name])
-    assert min(found) < TIMES, found
+    """The slowest hundredth takes less than three times as long as that of an idle service, and
+    less than six times beside pipelines.
+    """
+    limit = BUSY_TIMES if name == "pipelines" else TIMES
+    found = await compared(*services, ATTACKS[name], limit)
+    assert min(found) < limit, found
