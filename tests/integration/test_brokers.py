@@ -48,6 +48,7 @@ from tests.world import World, world
 pytestmark = pytest.mark.timeout(300)
 REAL = ("nats", "redis", "amqp")
 SERIES = "darkroom_sink_lag"
+READ_S = 30  # of one look at a broker
 # What a broker that has just started may answer.
 NOT_READY = (OSError, ExceptionGroup, AMQPError, nats.errors.Error, redis.RedisError)
 
@@ -108,14 +109,24 @@ async def caught_up(
 ) -> list[Taken]:
     """Waits until the broker has all events, and returns its messages."""
 
-    async def look() -> list[Taken] | None:
-        try:
-            got: list[Taken] = await taken()
-        except NOT_READY:
-            return None
-        return got if {message.id for message in got} >= set(ids) else None
+    seen = "nothing was read"
 
-    found: list[Taken] = await wait_until(look, timeout)
+    async def look() -> list[Taken] | None:
+        nonlocal seen
+        try:
+            async with asyncio.timeout(READ_S):
+                got: list[Taken] = await taken()
+        except NOT_READY as error:
+            seen = repr(error)
+            return None
+        lacking = set(ids) - {message.id for message in got}
+        seen = f"{len(got)} messages, without {len(lacking)} of the events"
+        return None if lacking else got
+
+    try:
+        found: list[Taken] = await wait_until(look, timeout)
+    except AssertionError as error:
+        raise AssertionError(f"after {timeout} s: {seen}") from error
     return found
 
 
