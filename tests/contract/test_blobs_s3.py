@@ -26,7 +26,8 @@ async def blobs(s3_bucket: str, tmp_path: Path) -> S3Blobs:
 @pytest.fixture
 async def bucket(s3_server: str, s3_bucket: str) -> AsyncIterator[httpx.AsyncClient]:
     """A plain HTTP client of the bucket."""
-    async with httpx.AsyncClient(base_url=f"{s3_server}/{s3_bucket}", trust_env=False) as client:
+    address = f"{s3_server}/{s3_bucket}"
+    async with httpx.AsyncClient(base_url=address, trust_env=False, timeout=60) as client:
         yield client
 
 

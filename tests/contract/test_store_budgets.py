@@ -81,16 +81,18 @@ async def test_a_key_that_another_process_inserts_meanwhile_is_no_new_task(
 ) -> None:
     """The second process waits for the lock of a budget that the first one uses up."""
     await budget(two[0], 3)
+    locked = asyncio.Event()
     wish: dict[str, Any] = {**PRICED, "idempotency_key": "once", "idempotency_hash": "h"}
 
     def slowly(tx: Transaction, items: Sequence[TaskRow]) -> list[Inserted]:
         inserted = insert_tasks(tx, items)
         tx.write()
+        locked.set()
         tx.connection.execute(text("SELECT pg_sleep(0.3)"))
         return inserted
 
     slow = asyncio.create_task(two[0].write(slowly, two[0].wish(**wish)))
-    await asyncio.sleep(0.1)
+    await locked.wait()
     again = await insert(two[1], **wish)
     assert (again.task_id, again.created, again.refusal) == ((await slow).task_id, False, None)
 

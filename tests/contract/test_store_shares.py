@@ -90,7 +90,7 @@ async def test_a_claim_ends_whatever_the_shares_are(
     """Each statement leases at least one row or is the last, also without the rule."""
     monkeypatch.setattr(owner_shares, "has_share", lambda *_: True)
     await waiting(subject, "greedy", 100)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         got = await claimed(subject, {"greedy": used}, SLOTS - used)
     assert got == {"greedy": SLOTS - used}
 

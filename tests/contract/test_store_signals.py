@@ -74,8 +74,8 @@ async def test_a_process_notifies_other_processes_of_its_commits(
         other.store.signals.listen("events") as written,
     ):
         await one.callback(task_id, completed(task_id, "https://r.test/0"))
-        assert await other.store.signals.wait(changed, 10)
-        assert await other.store.signals.wait(written, 10)
+        assert await other.store.signals.wait(changed, 30)
+        assert await other.store.signals.wait(written, 30)
 
 
 async def test_hints_resume_after_an_outage_of_the_server(

@@ -1,5 +1,6 @@
 """The log format `console` on wide and narrow terminals (docs/observability.md)."""
 
+import gc
 import io
 import re
 import time
@@ -31,6 +32,12 @@ STORED = {
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _earlier_rubbish() -> None:
+    """What earlier tests left is reported now, and not in the lines of a test."""
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

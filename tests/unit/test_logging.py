@@ -1,5 +1,6 @@
 """The form of a log line from the service or from a library (docs/observability.md)."""
 
+import gc
 import io
 import json
 import logging
@@ -15,6 +16,12 @@ from service.ops.logging import QUIET, configure
 from tests.logs import restored
 
 JSON = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _earlier_rubbish() -> None:
+    """What earlier tests left is reported now, and not in the lines of a test."""
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
