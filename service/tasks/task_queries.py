@@ -190,9 +190,8 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
     )
     add("callback.received", called.where(callbacks.c.task_id == task_id))
     unreadable = (callbacks.c.task_id == task_id, callbacks.c.verdict == "unreadable")
-    bodies = dict(
-        connection.execute(select(callbacks.c.id, callbacks.c.body).where(*unreadable)).all()
-    )
+    kept = read(select(callbacks.c.id, callbacks.c.body).where(*unreadable))
+    bodies = {row["id"]: row["body"] for row in kept}
     for line in lines:  # one that was judged meanwhile has no line yet
         if (body := bodies.get(line.get("callback_id"))) is not None:
             line["raw"] = storable(body[:RAW_BYTES].decode("utf-8", "replace"))
