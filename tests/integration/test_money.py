@@ -106,7 +106,8 @@ async def test_usage_comes_as_csv(own: World) -> None:
     async with own.owner() as client:
         model = '=HYPERLINK("x")'
         await submitted(client, UNTIL_DONE)
-        await own.ended((await submitted(client, model=model))["id"])
+        unknown = await client.post(SUBMIT, json=order(model=model), headers=UNTIL_DONE)
+        assert unknown.status_code == 403
         query = {"by": "model"}
         answer = await client.get("/v1/usage", params=query, headers={"accept": "text/csv"})
         assert answer.headers["content-type"].startswith("text/csv")
