@@ -188,7 +188,7 @@ async def stored_image(under: Target) -> str:
         found = got(await under.victim.get(f"/v1/tasks/{task['id']}"))
         return found["images"][0]["id"] if found["state"] == "completed" else None
 
-    return f"/images/{await wait_until(stored)}"
+    return f"/images/{await wait_until(stored, 90)}"
 
 
 @asynccontextmanager

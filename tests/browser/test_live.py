@@ -117,7 +117,7 @@ async def test_an_act_on_an_endpoint_asks_first(browser: Browser, here: World, a
     """The dialog says what will happen. Escape and its second button leave everything as it is, and
     the focus is where it was.
     """
-    body = {"url": f"http://127.0.0.1:1/{act.split(maxsplit=1)[0]}", "types": ["task.parked"]}
+    body = {"url": f"http://127.0.0.1:1/{act.split(maxsplit=1)[0]}", "types": ["image.at_risk"]}
     made = (await here.client.post("/v1/endpoints", json=body)).json()
     async with person(browser, here) as page:
         await page.goto(f"/console/endpoints/{made['id']}")

@@ -97,7 +97,7 @@ def consumer(
     return Consumer(folder, program, environment, random.Random(f"{seed} {program}"), port)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Path) -> None:
     """The consumers get twenty kills each, by webhook, stream, pull and NATS. They miss no event,
     drop each repeated event, and the readers keep the sequence.
