@@ -186,7 +186,7 @@ async def test_a_refused_key_is_told_everywhere(
     await until(shared, "account")
     assert await gauge(shared) == 1
     tasks = [await shared.submit(prompt=f"task {number}") for number in range(3)]
-    assert {task["state"] for task in tasks} == {"queued"}
+    assert {task["state"] for task in tasks} <= {"queued", "submitting"}
     for task in tasks:
         step = (await shared.steps(task["id"]))[-1]
         assert (step["step"], step["message"]) == ("task.held", HELD)
