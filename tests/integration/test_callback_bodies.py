@@ -97,16 +97,11 @@ async def test_a_caller_that_leaves_in_the_middle_is_not_heard(here: World) -> N
     ids=["one byte over", "no end", "no end with a length", "on demand"],
 )
 async def test_a_body_over_the_limit_is_413_however_it_is_sent(
-    headers: str,
-    parts: list[bytes],
-    here: World,
-    upstream: Upstream,
-    monkeypatch: pytest.MonkeyPatch,
+    headers: str, parts: list[bytes], here: World, upstream: Upstream
 ) -> None:
     """This holds with and without a content length. The service buffers no more than the limit,
     answers before the body ends, and queries the upstream.
     """
-    monkeypatch.setattr(callback_route, "DISCARD_S", 20)
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     if "expect" in headers:
