@@ -32,10 +32,13 @@ WORLD = quick_world
 JSON = dict[str, Any]
 
 
-async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: Upstream) -> None:
-    """A body over 256 KiB is 413, and with the right token the service still queries the upstream.
-    A body at the limit is read.
+async def test_too_large_a_body_gets_the_upstream_asked(
+    here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body over 256 KiB is 413, as soon as it is there. With the right token the service still
+    queries the upstream. A body at the limit is read.
     """
+    monkeypatch.setattr(callback_route, "DISCARD_S", 600)
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [document("processing"), failed("service_error")]
     filled = said(task, "processing", padding="")

@@ -83,14 +83,15 @@ class CallbackRoute:
         resources, path = context.resources, scope["path_params"]
         upstream, task_id = path["upstream"], path["task_id"]
         try:
-            body = await read_body(receive)
+            found = await read_body(receive)
         except TimeoutError:
             refused(resources, "incomplete", task_id, time.monotonic() - started)
             await refuse(scope, send, 408)
             return
-        if body is None:  # the upstream disconnected, and will send it again
+        if found is None:  # the upstream disconnected, and will send it again
             refused(resources, "disconnected", task_id, time.monotonic() - started)
             return
+        body, more = found
         if context.gate.queued_callbacks > MAX_QUEUED:
             context.shedder.callback_refused()
             await refuse(scope, send, 503, RETRY)
@@ -104,7 +105,8 @@ class CallbackRoute:
         if len(body) <= MAX_BODY:
             await respond(send, 200, ACCEPTED)
         else:
-            await discard(receive)
+            if more:
+                await discard(receive)
             await refuse(scope, send, 413)
         await context.inbox.bound(task_id)
 
@@ -128,9 +130,9 @@ async def discard(receive: Receive) -> None:
                 left -= len(message.get("body", b"")) if message.get("more_body") else left
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """The whole body, or its beginning once it is over the limit. None: the client disconnected.
-    Raises TimeoutError after 5 s.
+async def read_body(receive: Receive) -> tuple[bytes, bool] | None:
+    """The whole body, or its beginning once it is over the limit, and whether more of it follows.
+    None: the client disconnected. Raises TimeoutError after 5 s.
     """
     body = bytearray()
     async with asyncio.timeout(BODY_S):
@@ -139,8 +141,9 @@ async def read_body(receive: Receive) -> bytes | None:
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > MAX_BODY or not message.get("more_body", False):
-                return bytes(body)
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY or not more:
+                return bytes(body), more
 
 
 async def refuse(scope: Scope, send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:
