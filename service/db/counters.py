@@ -1,6 +1,6 @@
 """Single numbers of the store, by name, and the sequences that they give out."""
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from service.db.tables import counters
 from service.db.transaction import Transaction
@@ -25,11 +25,17 @@ def set_counter(tx: Transaction, name: str, value: int) -> bool:
     return True
 
 
+_RAISING = (
+    update(counters)
+    .where(counters.c.name == bindparam("counter"))
+    .values(value=counters.c.value + bindparam("by"))
+    .returning(counters.c.value)
+)
+
+
 def next_numbers(tx: Transaction, name: str, count: int) -> range:
     """The next numbers of a sequence. The counter's row stays locked until the commit, so that
     rows become visible in the order of their numbers, with any number of writers.
     """
-    raised = update(counters).where(counters.c.name == name)
-    raised = raised.values(value=counters.c.value + count)
-    last: int = tx.connection.execute(raised.returning(counters.c.value)).scalar_one()
+    last: int = tx.connection.execute(_RAISING, {"counter": name, "by": count}).scalar_one()
     return range(last - count + 1, last + 1)

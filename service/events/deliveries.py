@@ -101,21 +101,29 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     return results
 
 
+_KNOWN = and_(
+    attempts.c.delivery_id == deliveries.c.id, attempts.c.id.in_(bindparam("tried", expanding=True))
+)
+_LOCKING = (
+    select(deliveries, attempts.c.id.label("known_attempt"), endpoints.c.failing_since)
+    .select_from(
+        deliveries.outerjoin(attempts, _KNOWN).outerjoin(
+            endpoints, endpoints.c.id == deliveries.c.endpoint_id
+        )
+    )
+    .where(deliveries.c.id.in_(bindparam("keys", expanding=True)))
+    .order_by(deliveries.c.id)
+    .with_for_update(of=deliveries)
+)
+
+
 def _lock_deliveries(connection: Connection, items: Sequence[DeliveryOutcome]) -> list[Row]:
     """The deliveries, locked, with those of the attempts that are there already: an operation runs
     again if the answer to its commit was lost. The endpoint's `failing_since` is not locked.
     """
     tried = [item.attempt.id for item in items if item.attempt]
-    known = and_(attempts.c.delivery_id == deliveries.c.id, attempts.c.id.in_(tried))
-    endpoint = endpoints.c.id == deliveries.c.endpoint_id
-    statement = (
-        select(deliveries, attempts.c.id.label("known_attempt"), endpoints.c.failing_since)
-        .select_from(deliveries.outerjoin(attempts, known).outerjoin(endpoints, endpoint))
-        .where(deliveries.c.id.in_([item.lease.key for item in items]))
-        .order_by(deliveries.c.id)
-        .with_for_update(of=deliveries)
-    )
-    return list(connection.execute(statement).mappings())
+    keys = [item.lease.key for item in items]
+    return list(connection.execute(_LOCKING, {"tried": tried, "keys": keys}).mappings())
 
 
 def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import RowMapping, insert, or_, select
+from sqlalchemy import RowMapping, bindparam, insert, or_, select
 
 from service.db.counters import next_numbers
 from service.db.paging import Row
@@ -139,13 +139,15 @@ def _find_origins(tx: Transaction) -> None:
             tx.origins[id] = Origin(*values)
 
 
+_SUBSCRIBERS = select(*(endpoints.c[name] for name in SUBSCRIBER)).where(
+    endpoints.c.status != "disabled",
+    or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(bindparam("owners", expanding=True))),
+)
+
+
 def _subscribers(tx: Transaction) -> list[RowMapping]:
-    owners = {event.owner for event in tx.emitted}
-    statement = select(*(endpoints.c[name] for name in SUBSCRIBER)).where(
-        endpoints.c.status != "disabled",
-        or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners)),
-    )
-    return list(tx.connection.execute(statement).mappings())
+    owners = list({event.owner for event in tx.emitted})
+    return list(tx.connection.execute(_SUBSCRIBERS, {"owners": owners}).mappings())
 
 
 def _deliveries(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, func, or_, select, update
 
 from service.db.tables import images
 from service.db.tables import tasks as task_table
@@ -157,15 +157,23 @@ def record_downloads(tx: Transaction, items: Sequence[Download]) -> list[str | N
     ]
 
 
+_OTHERS = images.alias()
+_LOCKING = (
+    select_images(images.c.id.in_(bindparam("ids", expanding=True)))
+    .add_columns(
+        select(func.count()).where(_OTHERS.c.task_id == images.c.task_id).scalar_subquery()
+    )
+    .order_by(images.c.id)
+    .with_for_update()
+)
+
+
 def lock_images(
     connection: Connection, ids: Sequence[str]
 ) -> tuple[dict[str, ImageRow], dict[str, list[ImageRow]]]:
     """Locked images by their id, and by task where these are all images of the task."""
-    other = images.alias()
-    number = select(func.count()).where(other.c.task_id == images.c.task_id).scalar_subquery()
-    locked = select_images(images.c.id.in_(ids)).add_columns(number)
     rows, numbers = {}, {}
-    for *values, count in connection.execute(locked.order_by(images.c.id).with_for_update()):
+    for *values, count in connection.execute(_LOCKING, {"ids": ids}):
         row = ImageRow(*values)
         rows[row.id], numbers[row.task_id] = row, count
     of_task: dict[str, list[ImageRow]] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import structlog
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from service.credits import credits_number
 from service.db.counters import next_numbers
@@ -91,14 +91,17 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]])
     tx.origins |= {row.id: row.origin for row, *_ in items.values()}
 
 
+_BOOKED = (
+    select(ledger.c.task_id, ledger.c.kind, func.sum(ledger.c.credits))
+    .where(ledger.c.task_id.in_(bindparam("task_ids", expanding=True)))
+    .group_by(ledger.c.task_id, ledger.c.kind)
+)
+
+
 def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, int]]:
     """The sums of each task's entries by kind."""
-    statement = select(ledger.c.task_id, ledger.c.kind, func.sum(ledger.c.credits))
-    statement = statement.where(ledger.c.task_id.in_(task_ids))
     sums: dict[str, dict[str, int]] = {}
-    for task_id, kind, credits in connection.execute(
-        statement.group_by(ledger.c.task_id, ledger.c.kind)
-    ):
+    for task_id, kind, credits in connection.execute(_BOOKED, {"task_ids": task_ids}):
         sums.setdefault(task_id, {})[kind] = int(credits)
     return sums
 

@@ -1,6 +1,6 @@
 """Rows of the tables `tasks` and `images` as typed, mutable records."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -141,8 +141,10 @@ def select_images(*where: Any) -> Select[Any]:
     return select(*IMAGE_COLUMNS).where(*where)
 
 
-def task_rows(connection: Connection, statement: Select[Any]) -> list[TaskRow]:
-    return [TaskRow(*row) for row in connection.execute(statement)]
+def task_rows(
+    connection: Connection, statement: Select[Any], given: Mapping[str, Any] | None = None
+) -> list[TaskRow]:
+    return [TaskRow(*row) for row in connection.execute(statement, given)]
 
 
 def image_rows(connection: Connection, statement: Select[Any]) -> list[ImageRow]:

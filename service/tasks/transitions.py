@@ -3,7 +3,17 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, CompoundSelect, Exists, delete, exists, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Exists,
+    Select,
+    bindparam,
+    delete,
+    exists,
+    or_,
+    select,
+)
 
 from service.db.inbox_table import inbox
 from service.db.tables import images, steps, tasks
@@ -36,9 +46,18 @@ Work = TypeVar("Work", bound=Leased)
 
 def lock(tx: Transaction, ids: Iterable[str] | CompoundSelect[tuple[str]]) -> dict[str, TaskRow]:
     """The tasks' rows, locked until the transaction ends, always in the order of their ids."""
-    mine = tasks.c.id.in_(ids if isinstance(ids, CompoundSelect) else set(ids))
-    statement = select_tasks(mine).order_by(tasks.c.id).with_for_update()
-    return {row.id: row for row in task_rows(tx.connection, statement)}
+    if isinstance(ids, CompoundSelect):
+        rows = task_rows(tx.connection, _locking(ids))
+    else:
+        rows = task_rows(tx.connection, _LOCKING, {"ids": list(set(ids))})
+    return {row.id: row for row in rows}
+
+
+def _locking(ids: Any) -> Select[Any]:
+    return select_tasks(tasks.c.id.in_(ids)).order_by(tasks.c.id).with_for_update()
+
+
+_LOCKING = _locking(bindparam("ids", expanding=True))
 
 
 def lock_leased(tx: Transaction, items: Sequence[Work]) -> Iterator[tuple[Work, TaskRow | None]]:
