@@ -5,8 +5,9 @@ The transaction that keeps a verdict makes its task due for the confirmation.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import Select, bindparam, func, select, tuple_
 
 from service.db.tables import callbacks, tasks
 from service.db.transaction import Transaction
@@ -81,6 +82,16 @@ class Inbox:
         return next((callback.digest for callback in self.kept.values() if callback.first), None)
 
 
+_EARLIER: Select[Any] = (
+    select(
+        *(callbacks.c[name] for name in CallbackRow.__slots__[:-1]),
+        (func.length(callbacks.c.body) > 0).label("has_body"),
+    )
+    .where(callbacks.c.task_id.in_(bindparam("task_ids", expanding=True)))
+    .order_by(callbacks.c.received_at)
+)
+
+
 def give_verdicts(
     tx: Transaction, rows: dict[str, TaskRow], items: Sequence[Callback]
 ) -> list[Verdict]:
@@ -89,10 +100,7 @@ def give_verdicts(
     """
     owners_of = _owners_of(tx, items, rows)
     inboxes = {task_id: Inbox(tx, row, owners_of) for task_id, row in rows.items()}
-    has_body = (func.length(callbacks.c.body) > 0).label("has_body")
-    columns = [*(callbacks.c[name] for name in CallbackRow.__slots__[:-1]), has_body]
-    earlier = select(*columns).where(callbacks.c.task_id.in_(rows))
-    for row in tx.connection.execute(earlier.order_by(callbacks.c.received_at)):
+    for row in tx.connection.execute(_EARLIER, {"task_ids": list(rows)}):
         inboxes[row.task_id].kept[row.digest] = CallbackRow(*row)
     verdicts = []
     for item in items:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from sqlalchemy import CompoundSelect, select
+from sqlalchemy import CompoundSelect, bindparam, select
 
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
@@ -52,16 +52,22 @@ class SubmissionStart:
     resubmit: bool = False  # an uncertain task may be sent again
 
 
+_BODIES = with_pause(
+    select(tasks.c.id, tasks.c.body, callback_waits(tasks.c.id)).where(
+        tasks.c.id.in_(bindparam("ids", expanding=True))
+    )
+)
+
+
 def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list[bytes | None]:
     """Moves tasks to `submitting`. Returns the body to send, or None if this process must not, as
     while submission is paused.
     """
     found = list(lock_leased(tx, items))
-    statement = with_pause(select(tasks.c.id, tasks.c.body, callback_waits(tasks.c.id)))
-    mine = tasks.c.id.in_([row.id for _, row in found if row])
+    ids = [row.id for _, row in found if row]
     bodies = {
         row[0]: (row[1], row[2], Pause(*row[3:]))
-        for row in tx.connection.execute(statement.where(mine))
+        for row in tx.connection.execute(_BODIES, {"ids": ids})
     }
     started: list[bytes | None] = []
     for item, row in found:
