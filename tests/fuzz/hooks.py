@@ -67,13 +67,14 @@ def fitting(path: str, body: dict[str, Any], number: int) -> dict[str, Any]:
 def ordered(body: dict[str, Any], number: int) -> dict[str, Any]:
     """Most submissions are for a model that the catalogue has, within its limits."""
     given: dict[str, Any] = {"image_urls": None, "model_params": None, "sandbox": None}
+    # 2.0 is an integer by JSON Schema. Upstreams refuse it, and so does the service.
+    n = None if body.get("n") is None else int(body["n"])
     if number % 8 == 0:
-        return given | {"model": f"unknown-{number}"}
-    n = body.get("n")
+        return given | {"model": f"unknown-{number}", "n": n}
     return given | {
         "model": "wan2.5-text-to-image",
         "prompt": (str(body.get("prompt") or "").strip() or "a lighthouse")[:2000],
         "size": SIZES[number % len(SIZES)],
-        "n": None if n is None else 1 + int(n) % 2,
+        "n": None if n is None else 1 + n % 2,
         "negative_prompt": body.get("negative_prompt") and body["negative_prompt"][:500],
     }
