@@ -112,14 +112,14 @@ class Transaction:
         An operation calls it before it reads its own changes.
         """
         for table, rows in self.inserts.items():
-            self.connection.execute(_inserting(table), rows)
+            self.connection.execute(inserting(table), rows)
         self.inserts.clear()
         for table, changed in self.changes.items():
             alike: dict[frozenset[str], list[JSON]] = {}
             for id in sorted(changed):
                 alike.setdefault(frozenset(changed[id]), []).append({"row_id": id, **changed[id]})
             for names, parameters in alike.items():
-                self.connection.execute(_changing(table, names), parameters)
+                self.connection.execute(changing(table, names), parameters)
         self.changes.clear()
 
 
@@ -127,12 +127,12 @@ class Transaction:
 
 
 @cache
-def _inserting(table: Table) -> Insert:
+def inserting(table: Table) -> Insert:
     return insert(table)
 
 
 @cache
-def _changing(table: Table, names: frozenset[str]) -> Update:
+def changing(table: Table, names: frozenset[str]) -> Update:
     """Sets these columns of the row with the id `row_id`."""
     statement = update(table).where(table.c.id == bindparam("row_id"))
     return statement.values({name: bindparam(name) for name in sorted(names)})

@@ -4,11 +4,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, case, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, select, update
 
 from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
-from service.db.transaction import Lease, Transaction, one_by_one
+from service.db.transaction import Lease, Transaction, changing, inserting, one_by_one
 from service.events import delivery_order, failures, outbox
 from service.events.endpoints import DeliveryAttempt, lock_endpoint, note_attempt, type_of
 from service.events.outbox import ORIGIN, DeliveryToSend
@@ -137,7 +137,7 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
         for row, attempt in made
     ]
     if rows:
-        tx.connection.execute(insert(attempts), rows)
+        tx.connection.execute(inserting(attempts), rows)
 
 
 def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[str]) -> None:
@@ -163,7 +163,8 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
     if item.attempt is not None:
         values["slot_at"] = None  # a retry takes a time of its own
     values |= failures.after(tx, row, result, *seen(item.attempt))
-    tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
+    changed = changing(deliveries, frozenset(values))
+    tx.connection.execute(changed, {"row_id": row["id"], **values})
     if finished:
         delivery_order.release_next(tx, row)
     attempt = item.attempt

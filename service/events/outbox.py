@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import RowMapping, bindparam, insert, or_, select
+from sqlalchemy import RowMapping, bindparam, or_, select
 
 from service.db.counters import next_numbers
 from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, steps, tasks
-from service.db.transaction import Emitted, Lease, Transaction
+from service.db.transaction import Emitted, Lease, Transaction, inserting
 from service.events import endpoint_options
 from service.events.documents import type_matches
 from service.ids import sequence_text
@@ -99,7 +99,7 @@ def emit_dead_letter(tx: Transaction, lease: Lease, cause: str, task_id: str | N
 def flush(tx: Transaction) -> None:
     """Inserts the transaction's timeline steps, its events in sequence, and their deliveries."""
     if tx.steps:
-        tx.connection.execute(insert(steps), tx.steps)
+        tx.connection.execute(inserting(steps), tx.steps)
     if not tx.emitted:
         return
     subscribers = _subscribers(tx)
@@ -121,9 +121,9 @@ def flush(tx: Transaction) -> None:
     sequences = {event.id: event.sequence for event in tx.emitted}
     for row in rows:
         row["sequence"] = sequences[row["event_id"]] if row["order_key"] else None
-    tx.connection.execute(insert(events), event_rows)
+    tx.connection.execute(inserting(events), event_rows)
     if rows:
-        tx.connection.execute(insert(deliveries), rows)
+        tx.connection.execute(inserting(deliveries), rows)
 
 
 def origin_of(tx: Transaction, task_id: str | None) -> Origin:

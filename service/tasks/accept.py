@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy import CompoundSelect, select, tuple_
+from sqlalchemy import bindparam, select, tuple_, union_all
 
 from service.db.tables import tasks
 from service.db.transaction import Transaction
@@ -25,7 +25,7 @@ from service.resources import Resources
 from service.signing import canonical_json, new_secret
 from service.strict_json import JSON, off_loop
 from service.tasks import task_queries
-from service.tasks.budgets import BudgetCheck, BudgetRefusal, has_budget, over_budget
+from service.tasks.budgets import HAS_BUDGET, BudgetCheck, BudgetRefusal, over_budget
 from service.tasks.fair_queue import FairQueue
 from service.tasks.files import NamedInput
 from service.tasks.ledger import entered
@@ -252,16 +252,25 @@ class Inserted:
     refusal: BudgetRefusal | None = None  # nothing was inserted
 
 
+_KEYS = select(tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
+_IDS = tasks.c.id.in_(bindparam("ids", expanding=True))
+_SAME = tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(bindparam("keys", expanding=True))
+_EARLIER = union_all(_KEYS.where(_IDS), _KEYS.where(_SAME))  # by id, and by key
+_MORE = (HAS_BUDGET, _EARLIER.exists())
+
+
 def insert_tasks(
     tx: Transaction, items: Sequence[TaskRow], *, unpriced: bool = False
 ) -> list[Inserted]:
     """Inserts tasks as `queued`, and reserves their estimates. A second run after a lost commit,
     and a key that exists, find the first row.
     """
-    owners, rows = {item.owner for item in items}, _earlier(items)
-    limited, known = (queue := FairQueue(tx, owners, (has_budget(owners), rows.exists()))).found
+    owners = {item.owner for item in items}
+    keys = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
+    given = {"ids": [item.id for item in items], "keys": keys, "owners": list(owners)}
+    limited, known = (queue := FairQueue(tx, owners, _MORE, given)).found
     check = BudgetCheck(tx, owners if limited else (), unpriced=unpriced)  # locks first
-    existing = _existing(tx, rows) if known or limited else {}  # also of who held a budget's lock
+    existing = _existing(tx, given) if known or limited else {}  # also of who held a budget's lock
     results = []
     for item in items:
         key = (item.owner, item.idempotency_key)
@@ -284,17 +293,8 @@ def insert_tasks(
 insert_also_unpriced = partial(insert_tasks, unpriced=True)
 
 
-def _earlier(items: Sequence[TaskRow]) -> CompoundSelect[Any]:
-    """The rows of these tasks, and earlier rows by owner and idempotency key."""
-    columns = select(tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
-    keys = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
-    same = tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(keys)
-    mine = columns.where(tasks.c.id.in_([item.id for item in items]))
-    return mine.union_all(columns.where(same)) if keys else mine.union_all()
-
-
-def _existing(tx: Transaction, rows: CompoundSelect[Any]) -> dict[Any, Inserted]:
+def _existing(tx: Transaction, given: Mapping[str, Any]) -> dict[Any, Inserted]:
     existing: dict[Any, Inserted] = {}
-    for id, owner, key, digest in tx.connection.execute(rows):
+    for id, owner, key, digest in tx.connection.execute(_EARLIER, given):
         existing[id], existing[owner, key] = Inserted(id, True, digest), Inserted(id, False, digest)
     return existing

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from service.credits import credits_number, credits_text
 from service.db.money_tables import budgets, ledger
@@ -134,9 +134,8 @@ def set_budgets(tx: Transaction, items: Sequence[Budget]) -> list[BudgetState]:
     return [state_of(tx.connection, item, tx.now) for item in items]
 
 
-def has_budget(owners: Iterable[str]) -> ColumnElement[bool]:
-    """Whether one of these owners has a budget."""
-    return select(budgets.c.owner).where(budgets.c.owner.in_(owners)).exists()
+_OWN = budgets.c.owner.in_(bindparam("owners", expanding=True))
+HAS_BUDGET = select(budgets.c.owner).where(_OWN).exists()  # whether one of `owners` has a budget
 
 
 class BudgetCheck:

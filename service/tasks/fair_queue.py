@@ -6,7 +6,7 @@ tasks and an owner with one are therefore served alternately, and an owner witho
 saves no turns up.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,16 +28,21 @@ class FairQueue:
     """Gives turns to the tasks that these owners have in one transaction.
 
     `behind` means that other tasks are due, so that none of these may be sent before them. The one
-    statement also reads the `more` columns of the caller, whose values are in `found`.
+    statement also reads the `more` columns of the caller, whose values are in `found`. `given`: the
+    parameters of these columns.
     """
 
     def __init__(
-        self, tx: Transaction, owners: Iterable[str], more: Iterable[ColumnElement[Any]] = ()
+        self,
+        tx: Transaction,
+        owners: Iterable[str],
+        more: tuple[ColumnElement[Any], ...] = (),
+        given: Mapping[str, Any] | None = None,
     ) -> None:
         names = sorted(set(owners))
         bound = {f"taker_{number}": name for number, name in enumerate(names)}
-        statement = _turns(len(names)).add_columns(*more)
-        row = tx.connection.execute(statement, {"now": tx.now, **bound}).one()
+        statement = _turns(len(names), more)
+        row = tx.connection.execute(statement, {"now": tx.now, **bound, **(given or {})}).one()
         self.behind: bool = row[0] is not None
         self._reached: int = row[1] or 0
         self._last: dict[str, int | None] = dict(zip(names, row[2:], strict=False))
@@ -50,7 +55,7 @@ class FairQueue:
 
 
 @cache
-def _turns(owners: int) -> Select[Any]:
+def _turns(owners: int, more: tuple[ColumnElement[Any], ...]) -> Select[Any]:
     """Any turn that is due, the turn that the queue has reached, and the last turn of each owner's
     waiting tasks.
 
@@ -69,4 +74,4 @@ def _turns(owners: int) -> Select[Any]:
         own.where(tasks.c.owner == bindparam(f"taker_{number}")).scalar_subquery()
         for number in range(owners)
     )
-    return select(ready.scalar_subquery(), reached, *last)
+    return select(ready.scalar_subquery(), reached, *last, *more)

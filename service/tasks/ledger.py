@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import structlog
-from sqlalchemy import Connection, bindparam, func, insert, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from service.credits import credits_number
 from service.db.counters import next_numbers
 from service.db.money_tables import ledger
-from service.db.transaction import Transaction
+from service.db.transaction import Transaction, inserting
 from service.events.outbox import log_emitted, origin_of
 from service.ops.metrics import Metrics
 from service.tasks.rows import TaskRow
@@ -86,7 +86,7 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]])
         return
     for row, sequence in zip(rows, next_numbers(tx, "ledger", len(rows)), strict=True):
         row["sequence"] = sequence
-    tx.connection.execute(insert(ledger), rows)
+    tx.connection.execute(inserting(ledger), rows)
     tx.posted += rows
     tx.origins |= {row.id: row.origin for row, *_ in items.values()}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from sqlalchemy import CompoundSelect, bindparam, select
+from sqlalchemy import bindparam, select
 
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
@@ -15,7 +15,7 @@ from service.queue import leases
 from service.tasks.fair_queue import FairQueue
 from service.tasks.ledger import entered
 from service.tasks.pause import Pause, held_back, with_pause
-from service.tasks.rows import TaskRow
+from service.tasks.rows import TaskRow, task_rows
 from service.tasks.settlements import finish_at_once
 from service.tasks.state import State
 from service.tasks.transitions import (
@@ -26,6 +26,7 @@ from service.tasks.transitions import (
     keep_raw,
     lock,
     lock_leased,
+    locking,
     move,
     note_held,
     note_once,
@@ -125,7 +126,7 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
     An acceptance counts even if the lease has ended since, and so do results. Any other outcome
     counts under the lease, or while the task is uncertain.
     """
-    rows = lock(tx, _concerned(items))
+    rows = _lock_concerned(tx, items)
     queue = cache(lambda: FairQueue(tx, (row.owner for row in rows.values())))
     states = []
     for item in items:
@@ -159,15 +160,22 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
     return states
 
 
-def _concerned(items: Sequence[SubmissionResult]) -> set[str] | CompoundSelect[tuple[str]]:
+_MINE = tasks.c.id.in_(bindparam("keys", expanding=True))
+_HOLDERS = select(tasks.c.id).where(
+    tasks.c.upstream.in_(select(tasks.c.upstream).where(_MINE)),
+    tasks.c.upstream_id.in_(bindparam("upstream_ids", expanding=True)),
+)
+_LOCKING = locking(select(tasks.c.id).where(_MINE).union(_HOLDERS))
+
+
+def _lock_concerned(tx: Transaction, items: Sequence[SubmissionResult]) -> dict[str, TaskRow]:
     """The tasks of these calls, and other tasks that already have an id given to one of these."""
     keys = {item.lease.key for item in items}
     ids = {item.outcome.report.upstream_id for item in items if isinstance(item.outcome, Accepted)}
-    upstreams = select(tasks.c.upstream).where(tasks.c.id.in_(keys))
-    holders = select(tasks.c.id).where(
-        tasks.c.upstream.in_(upstreams), tasks.c.upstream_id.in_(ids)
-    )
-    return select(tasks.c.id).where(tasks.c.id.in_(keys)).union(holders) if ids else keys
+    if not ids:
+        return lock(tx, keys)
+    given = {"keys": list(keys), "upstream_ids": list(ids)}
+    return {row.id: row for row in task_rows(tx.connection, _LOCKING, given)}
 
 
 def _accept(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -10,6 +11,7 @@ from sqlalchemy import (
     FromClause,
     RowMapping,
     Select,
+    bindparam,
     exists,
     func,
     or_,
@@ -39,13 +41,17 @@ CLOCKS_MS = 60_000  # how far the upstream's clock may be from ours
 
 def task_row(connection: Connection, task_id: str, owner: str | None) -> TaskRow | None:
     """A task by the service's id or the upstream's. `owner` None: any owner's."""
-    wanted = tasks.c.id == task_id
-    if not task_id.startswith(PREFIXES["task"]):
-        wanted = or_(wanted, tasks.c.upstream_id == task_id)
-    statement = select_tasks(wanted)
-    if owner is not None:
-        statement = statement.where(tasks.c.owner == owner)
-    return next(iter(task_rows(connection, statement)), None)
+    statement = _one(ours=task_id.startswith(PREFIXES["task"]), owned=owner is not None)
+    given = {"task_id": task_id, "owner": owner}
+    return next(iter(task_rows(connection, statement, given)), None)
+
+
+@cache
+def _one(*, ours: bool, owned: bool) -> Select[Any]:
+    wanted = tasks.c.id == bindparam("task_id")
+    if not ours:
+        wanted = or_(wanted, tasks.c.upstream_id == bindparam("task_id"))
+    return select_tasks(wanted, *([tasks.c.owner == bindparam("owner")] if owned else []))
 
 
 def task(connection: Connection, task_id: str, owner: str | None) -> Task | None:

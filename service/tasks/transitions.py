@@ -3,17 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    CompoundSelect,
-    Exists,
-    Select,
-    bindparam,
-    delete,
-    exists,
-    or_,
-    select,
-)
+from sqlalchemy import ColumnElement, Exists, Select, bindparam, delete, exists, or_, select
 
 from service.db.inbox_table import inbox
 from service.db.tables import images, steps, tasks
@@ -44,20 +34,18 @@ class Leased(Protocol):
 Work = TypeVar("Work", bound=Leased)
 
 
-def lock(tx: Transaction, ids: Iterable[str] | CompoundSelect[tuple[str]]) -> dict[str, TaskRow]:
-    """The tasks' rows, locked until the transaction ends, always in the order of their ids."""
-    if isinstance(ids, CompoundSelect):
-        rows = task_rows(tx.connection, _locking(ids))
-    else:
-        rows = task_rows(tx.connection, _LOCKING, {"ids": list(set(ids))})
-    return {row.id: row for row in rows}
-
-
-def _locking(ids: Any) -> Select[Any]:
+def locking(ids: Any) -> Select[Any]:
+    """A select of the tasks with these ids, which locks them in the order of their ids."""
     return select_tasks(tasks.c.id.in_(ids)).order_by(tasks.c.id).with_for_update()
 
 
-_LOCKING = _locking(bindparam("ids", expanding=True))
+_LOCKING = locking(bindparam("ids", expanding=True))
+
+
+def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, TaskRow]:
+    """The tasks' rows, locked until the transaction ends."""
+    rows = task_rows(tx.connection, _LOCKING, {"ids": list(set(ids))})
+    return {row.id: row for row in rows}
 
 
 def lock_leased(tx: Transaction, items: Sequence[Work]) -> Iterator[tuple[Work, TaskRow | None]]:
