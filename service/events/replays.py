@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, insert, select, update
+from sqlalchemy import Connection, and_, case, func, insert, or_, select, update
 
 from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
@@ -52,7 +52,11 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayPag
     if row is None:
         return ReplayPage((), None, None)
     mine = and_(replays.c.endpoint_id == row["endpoint_id"], running)
-    earlier = select(replays.c.id).where(mine, replays.c.id < replay_id).limit(1)
+    created = replays.c.created_at
+    before = or_(
+        created < row["created_at"], and_(created == row["created_at"], replays.c.id < replay_id)
+    )
+    earlier = select(replays.c.id).where(mine, before).limit(1)
     if connection.execute(earlier).first() is not None:
         return ReplayPage((), None, EVERY_MS)
     if row["filter"] is not None:

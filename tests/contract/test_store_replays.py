@@ -380,3 +380,16 @@ async def test_a_replay_that_ended_long_ago_is_removed(subject: Subject) -> None
     await subject.write(cancel_replays, (new, None))
     assert await subject.write(forget_replays, before) == 1
     assert [row["id"] for row in await subject.rows(replays)] == [new, running]
+
+
+async def test_replays_of_an_endpoint_follow_each_other_by_time(subject: Subject) -> None:
+    """An id's text is in no order of time: its digits come after its letters, and sort before."""
+    endpoint = await subject.endpoint()
+    await event(subject)
+    wanted = replace(ALL, endpoint_id=endpoint)
+    extent = await subject.store.read(replay_extent, wanted)
+    for id in ("rpl_b", "rpl_2"):
+        subject.clock.shift(SECOND)
+        assert await subject.write(insert_replays, NewReplayRow(id, OWNER, wanted, extent))
+    pages = [await subject.store.read(replay_page, id, 100) for id in ("rpl_b", "rpl_2")]
+    assert [len(page.events) for page in pages] == [1, 0]

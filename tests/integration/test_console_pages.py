@@ -166,6 +166,13 @@ async def test_a_running_task_is_cancelled(here: World, visitor: Visitor) -> Non
     assert (await here.task(task["id"]))["state"] == "cancelled"
 
 
+async def made_upstream(here: World, task: JSON) -> bool:
+    """Whether the upstream has completed the task, so that one query is enough."""
+    id = (await here.task(task["id"]))["upstream_id"]
+    listed = (await here.sandbox.get("/sandbox/tasks")).json()["data"]
+    return any(each["id"] == id and each["status"] == "completed" for each in listed)
+
+
 @pytest.mark.parametrize(
     ("outcome", "state"), [("failed", "failed"), ("id", "completed"), ("resubmit", "completed")]
 )
@@ -190,6 +197,7 @@ async def test_a_submission_of_unknown_outcome_is_resolved(
     assert "The submission is settled." in page
     if state != "failed":
         await wait_until(named)
+        await wait_until(lambda: made_upstream(here, task))
         await visitor.post(f"{path}/reconcile", 200)
     assert (await here.ended(task["id"]))["state"] == state
 
