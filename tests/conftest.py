@@ -39,6 +39,7 @@ HEAVY = {
     "attack",
     "browser",
 }  # folders with tests that start processes
+RUNNING = {*HEAVY, "integration"}  # folders with tests that run a service
 LONG = {*HEAVY, "property"}  # folders with few and long tests
 SERVERS = ("postgres", "s3", "brokers")  # prefixes of fixtures and parameters
 STARTERS = (
@@ -167,7 +168,7 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.option.markexpr == "quick" and collection_path.name in HEAVY else None
+    return True if config.option.markexpr == "quick" and collection_path.name in RUNNING else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -182,11 +183,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def is_quick(test: pytest.Function) -> bool:
-    """Whether `make quick` runs a test: it needs no server, starts no process and is not slow."""
+    """Whether `make quick` runs a test: it runs no service, needs no server, starts no process and
+    is not slow.
+    """
     parameters = test.callspec.params.values() if hasattr(test, "callspec") else ()
     names = [*test.fixturenames, *(value for value in parameters if isinstance(value, str))]
     return (
-        test.path.parent.name not in HEAVY
+        test.path.parent.name not in RUNNING
         and not test.get_closest_marker("slow")
         and not any(name.startswith(SERVERS) for name in names)
         and not starts_processes(test.module)
