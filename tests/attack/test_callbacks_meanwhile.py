@@ -30,7 +30,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.timeout(240)
 
 ROUNDS, TIMES, ENDPOINTS = 9, 3, 100
-BUSY_TIMES = 6  # for 20 connections that are never idle: what they ask is work, not a weight
+BUSY_TIMES = 6  # beside 20 connections that ask without a pause
 
 
 @pytest.fixture(scope="module")
