@@ -146,7 +146,7 @@ def main() -> None:
     options.add_argument(
         "--patience",
         type=float,
-        default=600,
+        default=1800,
         help="seconds after which a task that has not ended counts as lost",
     )
     options.add_argument(

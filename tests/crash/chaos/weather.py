@@ -23,7 +23,7 @@ class Scale:
     kills: int
     restarts: int
     seconds: float
-    patience: float = 600
+    patience: float = 1800  # a task whose callback is lost may wait 15 minutes for its fifth query
 
 
 @dataclass(frozen=True, slots=True, order=True)
