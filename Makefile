@@ -32,7 +32,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make demo      show it at work: an upstream, the service and a subscriber on this machine"
 	@echo "make dev       serve on a sandbox upstream, to try requests on"
-	@echo "make quick     run the tests that need no service and no server, for every change"
+	@echo "make quick     run the tests that run no service and need no server, for every change"
 	@echo "make test      run all tests"
 	@echo "make check     run what CI runs: lint, types, import rules, all tests"
 	@echo "make coverage  run all tests and ask for coverage: 95 % of all, 99 % of the steps"

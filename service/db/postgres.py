@@ -32,9 +32,10 @@ COMMITTERS = 3
 READERS = 5
 HINT_BYTES = 7999  # PostgreSQL's limit of a notification
 WATCH_AGAIN_S = 1.0
-# The database's clock is read again after FRESH_NS, and at once if its answer took longer than
-# SLOW_NS. A process's clock is wrong by at most half of the time that the answer took. A row that
-# is due by the clock of one process and not yet by another's waits for the other one's next look.
+# The database's clock is read again after FRESH_NS, or by the next transaction if its answer took
+# longer than SLOW_NS. The answer's time is halved, so a process's clock is wrong by at most the
+# other half. A row that is due by one process's clock and not yet by another's waits for the other
+# one's next look.
 FRESH_NS, SLOW_NS = 1_000_000_000, 10_000_000
 STALLED_MS = 10_000
 STALLED_LOOK_S = 5.0

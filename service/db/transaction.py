@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Insert, Table, Update, bindparam, insert, update
@@ -123,7 +123,7 @@ class Transaction:
         self.changes.clear()
 
 
-# Statements that most transactions run are made once: to make one takes as long as to run it.
+# Statements that most transactions run are made once. To make one takes as long as to run it.
 
 
 @cache
@@ -131,7 +131,7 @@ def inserting(table: Table) -> Insert:
     return insert(table)
 
 
-@cache
+@lru_cache(512)
 def changing(table: Table, names: frozenset[str]) -> Update:
     """Sets these columns of the row with the id `row_id`."""
     statement = update(table).where(table.c.id == bindparam("row_id"))

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy import bindparam, select, tuple_, union_all
 
 from service.db.tables import tasks
 from service.db.transaction import Transaction
@@ -252,11 +251,7 @@ class Inserted:
     refusal: BudgetRefusal | None = None  # nothing was inserted
 
 
-_KEYS = select(tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
-_IDS = tasks.c.id.in_(bindparam("ids", expanding=True))
-_SAME = tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(bindparam("keys", expanding=True))
-_EARLIER = union_all(_KEYS.where(_IDS), _KEYS.where(_SAME))  # by id, and by key
-_MORE = (HAS_BUDGET, _EARLIER.exists())
+_MORE = (HAS_BUDGET, task_queries.EARLIER.exists())
 
 
 def insert_tasks(
@@ -267,7 +262,8 @@ def insert_tasks(
     """
     owners = {item.owner for item in items}
     keys = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
-    given = {"ids": [item.id for item in items], "keys": keys, "owners": list(owners)}
+    ids, names = [item.id for item in items], [key for _, key in keys]
+    given = {"ids": ids, "keys": keys, "owners": list(owners), "names": names}
     limited, known = (queue := FairQueue(tx, owners, _MORE, given)).found
     check = BudgetCheck(tx, owners if limited else (), unpriced=unpriced)  # locks first
     existing = _existing(tx, given) if known or limited else {}  # also of who held a budget's lock
@@ -295,6 +291,6 @@ insert_also_unpriced = partial(insert_tasks, unpriced=True)
 
 def _existing(tx: Transaction, given: Mapping[str, Any]) -> dict[Any, Inserted]:
     existing: dict[Any, Inserted] = {}
-    for id, owner, key, digest in tx.connection.execute(_EARLIER, given):
+    for id, owner, key, digest in tx.connection.execute(task_queries.EARLIER, given):
         existing[id], existing[owner, key] = Inserted(id, True, digest), Inserted(id, False, digest)
     return existing

@@ -11,11 +11,14 @@ from sqlalchemy import (
     FromClause,
     RowMapping,
     Select,
+    and_,
     bindparam,
     exists,
     func,
     or_,
     select,
+    tuple_,
+    union_all,
 )
 
 from service.db.list_indexes import ENDED_BADLY, HAS_ERROR, task_metadata
@@ -51,7 +54,9 @@ def _one(*, ours: bool, owned: bool) -> Select[Any]:
     wanted = tasks.c.id == bindparam("task_id")
     if not ours:
         wanted = or_(wanted, tasks.c.upstream_id == bindparam("task_id"))
-    return select_tasks(wanted, *([tasks.c.owner == bindparam("owner")] if owned else []))
+    # Not the plain column, or SQLite would read all tasks of that owner.
+    mine = func.coalesce(tasks.c.owner, "") == bindparam("owner")
+    return select_tasks(wanted, *([mine] if owned else []))
 
 
 def task(connection: Connection, task_id: str, owner: str | None) -> Task | None:
@@ -132,6 +137,20 @@ def _count_pair(connection: Connection, pair: tuple[str, str], owner: str | None
     return count
 
 
+_KEY = tasks.c.owner, tasks.c.idempotency_key
+# The columns one by one as well: for pairs alone, SQLite would read all tasks.
+_SAME = and_(
+    tasks.c.owner.in_(bindparam("owners", expanding=True)),
+    tasks.c.idempotency_key.in_(bindparam("names", expanding=True)),
+    tuple_(*_KEY).in_(bindparam("keys", expanding=True)),
+)
+_FOUND = select(tasks.c.id, *_KEY, tasks.c.idempotency_hash)
+# Tasks by id, and by owner and idempotency key.
+EARLIER = union_all(
+    _FOUND.where(tasks.c.id.in_(bindparam("ids", expanding=True))), _FOUND.where(_SAME)
+)
+
+
 def task_by_key(
     connection: Connection, owner: str, idempotency_key: str
 ) -> tuple[str, str | None] | None:
@@ -198,7 +217,7 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
     unreadable = (callbacks.c.task_id == task_id, callbacks.c.verdict == "unreadable")
     kept = read(select(callbacks.c.id, callbacks.c.body).where(*unreadable))
     bodies = {row["id"]: row["body"] for row in kept}
-    for line in lines:  # one that was judged meanwhile has no line yet
+    for line in lines:  # a callback that was judged meanwhile has no line
         if (body := bodies.get(line.get("callback_id"))) is not None:
             line["raw"] = storable(body[:RAW_BYTES].decode("utf-8", "replace"))
     if delivery_owner is not None:

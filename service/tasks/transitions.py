@@ -43,7 +43,7 @@ _LOCKING = locking(bindparam("ids", expanding=True))
 
 
 def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, TaskRow]:
-    """The tasks' rows, locked until the transaction ends."""
+    """The tasks' rows, locked until the transaction ends, in the order of their ids."""
     rows = task_rows(tx.connection, _LOCKING, {"ids": list(set(ids))})
     return {row.id: row for row in rows}
 

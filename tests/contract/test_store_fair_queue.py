@@ -2,16 +2,19 @@
 round.
 """
 
+import sqlite3
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 
 from service.db.sqlite import SqliteStore
 from service.db.tables import tasks
 from service.tasks.accept import insert_tasks
 from service.tasks.admin import TaskResolution, resolve_tasks
 from service.tasks.state import State
+from service.tasks.task_queries import EARLIER, task_row
 from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, creates_nothing, doubts
 
 pytestmark = pytest.mark.slow
@@ -248,3 +251,30 @@ async def test_tasks_of_one_batch_get_the_same_turns_as_alone(subject: Subject) 
     subject.clock.shift(SECOND)
     row = await subject.task(await subject.queued(owner="a"))
     assert row["submit_turn"] == 3
+
+
+async def test_indexes_find_earlier_tasks_and_one_by_the_upstreams_id(
+    sqlite_store: SqliteStore,
+) -> None:
+    """SQLite reads no other task of the owner, with several idempotency keys in one batch too."""
+
+    def plan(connection: Connection) -> list[str]:
+        found = []
+
+        @event.listens_for(connection, "before_cursor_execute")
+        def explained(
+            _: object, cursor: sqlite3.Cursor, statement: str, parameters: Any, *__: object
+        ) -> None:
+            found.extend(cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall())
+
+        keys = [("a", "first"), ("a", "second")]
+        names = ["first", "second"]
+        given = {"ids": ["task_1"], "keys": keys, "owners": ["a"], "names": names}
+        connection.execute(EARLIER, given)
+        task_row(connection, "task-unified-1", "a")
+        return [row[3] for row in found]
+
+    plans = await sqlite_store.read(plan)
+    assert any("owner=? AND idempotency_key=?" in line for line in plans)
+    assert any("upstream_id=?" in line for line in plans)
+    assert not [line for line in plans if line.startswith("SCAN tasks") or "(owner=?)" in line]
