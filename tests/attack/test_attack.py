@@ -182,31 +182,32 @@ async def test_a_route_without_a_key_costs_little(under: Target, path: str) -> N
 
 
 @pytest.fixture(scope="module")
-async def large(under: Target) -> None:
-    """Tasks with 0.9 MB of unknown fields, each with its event: 20 readers of all would take 900 MB
-    without a limit.
+async def large(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Target]:
+    """A service that no other test attacks. It has tasks with 0.9 MB of unknown fields, each with
+    its event: 20 readers of all would take 900 MB without a limit.
     """
-    for number in range(0, 50, 5):
-        notes = [f"{number + more}" + "x" * 900_000 for more in range(5)]
-        await asyncio.gather(*(submitted(under.attacker, note=note) for note in notes))
+    async with target(tmp_path_factory.mktemp("large")) as made:
+        for number in range(0, 50, 5):
+            notes = [f"{number + more}" + "x" * 900_000 for more in range(5)]
+            await asyncio.gather(*(submitted(made.attacker, note=note) for note in notes))
+        yield made
 
 
 READ = [*PAGES, "/v1/deliveries?limit=1000", "/v1/events?after=0"]
 
 
-@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("path", READ)
-async def test_readers_of_large_pages_take_little_memory(under: Target, path: str) -> None:
+async def test_readers_of_large_pages_take_little_memory(large: Target, path: str) -> None:
     """20 readers at once that read slowly, of lists and of a stream. Idle is the memory before
     anything was submitted.
     """
     stream = ["accept: text/event-stream"] if "after=0" in path else []
-    request = under.head(under.attacker, f"GET {path}", *stream)
-    peak = under.above_idle()
-    async with under.connections(READERS, request) as made:
+    request = large.head(large.attacker, f"GET {path}", *stream)
+    peak = large.above_idle()
+    async with large.connections(READERS, request) as made:
         for _ in range(10):
             await asyncio.gather(*map(take, made))
-            peak = max(peak, under.above_idle())
+            peak = max(peak, large.above_idle())
     print(f"{path}: {peak:.0f} MiB above idle")
     assert peak < 150
 
