@@ -54,9 +54,10 @@ def _one(*, ours: bool, owned: bool) -> Select[Any]:
     wanted = tasks.c.id == bindparam("task_id")
     if not ours:
         wanted = or_(wanted, tasks.c.upstream_id == bindparam("task_id"))
+    if not owned:
+        return select_tasks(wanted)
     # Not the plain column, or SQLite would read all tasks of that owner.
-    mine = func.coalesce(tasks.c.owner, "") == bindparam("owner")
-    return select_tasks(wanted, *([mine] if owned else []))
+    return select_tasks(wanted, func.coalesce(tasks.c.owner, "") == bindparam("owner"))
 
 
 def task(connection: Connection, task_id: str, owner: str | None) -> Task | None:

@@ -200,7 +200,7 @@ async def seen(
 
 
 async def late(client: httpx.AsyncClient, service: Running, prompts: Mapping[str, str]) -> None:
-    """Waits for what is told of the callbacks that arrive after the end of a task."""
+    """Waits until the service has reported the callbacks that came after the end of a task."""
     for task_id, prompt in prompts.items():
         expected = behaviour(prompt)
 

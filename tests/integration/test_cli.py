@@ -878,7 +878,7 @@ def test_an_empty_text_clears_an_option_of_an_endpoint(run: Run, client: Mapping
 def test_an_enabled_endpoint_shows_what_it_missed_and_how_to_send_it(
     run: Run, client: Mapping[str, str]
 ) -> None:
-    """Its type is one that no task of another test has."""
+    """The endpoint asks for a type of event that no other test causes."""
     kind = ("--type", "image.task.cancelled")
     made = run("endpoints", "create", "http://127.0.0.1:9/a", *kind, "--json", **client).json
     patch = ("endpoints", "patch", made["id"], "--status")

@@ -55,7 +55,7 @@ def quick() -> Iterator[None]:
         patch.setattr(confirm_worker, "confirm_wait", lambda _queries: 0.05)
         patch.setattr(confirm_worker, "PATIENCE_S", 0.1)
         patch.setattr(UpstreamCheck, "run", nothing)
-        patch.setattr(upstream_routes, "SLOT_S", 60.0)  # nobody is refused on a busy machine
+        patch.setattr(upstream_routes, "SLOT_S", 60.0)  # a busy machine is slow to free one
         yield
 
 
