@@ -23,7 +23,7 @@ FULL = Scale(rounds=5, tasks=20_000, connections=64, warm_up=1, seconds=4)
 QUICK = Scale(rounds=1, tasks=300, connections=8, warm_up=0, seconds=0.4)
 
 
-def machine(folder: Path) -> str:
+def machine(folder: Path, command: str = "make bench") -> str:
     """The machine that the figures depend on, in one line."""
     path, took = folder / "sync", []
     with path.open("wb") as file:
@@ -37,7 +37,7 @@ def machine(folder: Path) -> str:
     linux = platform.release().partition("-")[0]
     versions = f"Python {platform.python_version()}, Linux {linux}, SQLite {sqlite3.sqlite_version}"
     return (
-        f"`make bench` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with"
+        f"`{command}` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with"
         " the least and the most."
     )
 

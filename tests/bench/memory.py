@@ -27,9 +27,10 @@ TASKS, CONNECTIONS, PARTS = 2_000, 64, 10
 HOUR_S = 3600.0
 
 
-def resident_mib(pid: int) -> float:
+def resident_mib(pid: int, field: str = "VmRSS") -> float:
+    """`field`: `VmHWM` is the most so far."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 async def send(address: str, requests: Iterator[bytes]) -> None:

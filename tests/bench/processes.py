@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.environment import ROOT, clean_environment
 
-START_S, RUN_S = 60.0, 60.0
+START_S, RUN_S, TICKS = 60.0, 60.0, os.sysconf("SC_CLK_TCK")
 CORES = sorted(os.sched_getaffinity(0))
 MEASURED, MEASURING = {CORES[0]}, {CORES[-1]}
 
@@ -98,3 +98,28 @@ def measure(
             f"{result['wrong']:.0f} of {result['count']:.0f} requests were not accepted"
         )
     return result
+
+
+def stat(pid: int) -> list[int]:
+    """The fields of the process in `/proc`, from its parent's id on. OSError: it has ended."""
+    return [int(x) for x in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1:]]
+
+
+def children(pid: int) -> list[int]:
+    """The ids of its children that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if stat(int(path.name))[0] == pid:
+                found.append(int(path.name))
+    return found
+
+
+def cpu_seconds(pid: int) -> tuple[float, float]:
+    """Seconds of CPU of a process, and of its children, also of those that have ended."""
+    fields = stat(pid)
+    ticks = sum(fields[12:14])
+    for child in children(pid):
+        with suppress(OSError):
+            ticks += sum(stat(child)[10:12])
+    return sum(fields[10:12]) / TICKS, ticks / TICKS

@@ -6,7 +6,6 @@ load share the machine's cores.
 """
 
 import argparse
-import contextlib
 import platform
 import subprocess
 import tempfile
@@ -18,9 +17,9 @@ from urllib.parse import parse_qs, urlsplit
 from tests.bench.__main__ import written
 from tests.bench.acknowledgement import SECRET_KEY, spread
 from tests.bench.load import percentile
-from tests.bench.peers.contenders import CONTENDERS, TICKS
+from tests.bench.peers.contenders import CONTENDERS
 from tests.bench.peers.speed import Result, Scale, round_of
-from tests.bench.processes import CORES
+from tests.bench.processes import CORES, cpu_seconds
 from tests.environment import ROOT
 from tests.servers import postgres_binaries, postgres_database, postgres_running
 
@@ -29,16 +28,9 @@ PROCESSES = (1, 2, 4)
 
 def server_cpu(url: str) -> float:
     """Seconds of CPU that a server of `postgres_running` and its children have used so far."""
-    folder, ticks = Path(parse_qs(urlsplit(url).query)["host"][0]), 0
+    folder = Path(parse_qs(urlsplit(url).query)["host"][0])
     main = (folder / "data" / "postmaster.pid").read_text().splitlines()[0]
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(") ")[2].split()
-            if path.parent.name == main:
-                ticks += sum(map(int, fields[11:15]))  # with the children that have ended
-            elif fields[1] == main:
-                ticks += sum(map(int, fields[11:13]))
-    return ticks / TICKS
+    return sum(cpu_seconds(int(main)))
 
 
 def measured(server: str, rounds: int, scale: Scale, folder: Path) -> dict[int, list[Result]]:

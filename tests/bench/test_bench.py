@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +75,19 @@ def test_the_benchmark_of_memory_runs() -> None:
     done = run_module("tests.bench.memory", "--callbacks", "500", limit_s=280)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"\d+(, \d+){10}", done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(300)
+def test_the_benchmark_of_downloads_runs(tmp_path: Path) -> None:
+    """The table has every row for both pictures. Without `curl` two of them are missing."""
+    done = run_module("tests.bench.downloads", "--quick", "--folder", str(tmp_path), limit_s=280)
+    assert done.returncode == 0, done.stderr
+    missing = "`curl` is not installed" in done.stdout
+    assert missing == (shutil.which("curl") is None)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == (9 if missing else 11)
+    assert all(re.fullmatch(r"\| [^|]+ \|( \d+\.\d+ \|){2}", row) for row in rows), rows
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.timeout(300)

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from tests.bench.processes import TICKS
 from tests.environment import ROOT, clean_environment
 from tests.processes import ADMIN_KEY, service_settings
 from tests.servers import free_port
@@ -25,7 +26,7 @@ FOLDER = Path(__file__).parent
 PYTHON = ROOT / ".venv" / "peers" / "bin" / "python"
 REDIS = shutil.which("redis-server", path=f"{os.defpath}:/usr/sbin:/usr/local/bin")
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-START_S, LOOK_S, YOUNG_S, TICKS = 60.0, 0.02, 1.5, os.sysconf("SC_CLK_TCK")
+START_S, LOOK_S, YOUNG_S = 60.0, 0.02, 1.5
 JSON = dict[str, Any]
 
 

@@ -62,6 +62,22 @@ async def arrived(client: httpx.AsyncClient, kind: str, count: int) -> None:
     await wait_until(there, PATIENCE_S)
 
 
+async def submitted(here: Running, client: httpx.AsyncClient, count: int) -> dict[str, str]:
+    """Submits `count` orders. Returns the upstream's id of each task by its callback's URL."""
+    await ordered(here, client, count)
+    await arrived(client, "orders", count)
+    orders = (await client.get("/bench/seen")).json()["orders"]
+    return {url: id for made in orders.values() for id, url, _ in made}
+
+
+def burst(here: Running, folder: Path, calls: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Sends these callbacks as fast as they are acknowledged. Returns what the load says."""
+    requests = folder / "requests"
+    lines = [json.dumps({"path": url.removeprefix(here.url), "body": body}) for url, body in calls]
+    requests.write_text("\n".join(lines))
+    return measure(here.url, requests, "once", CONNECTIONS, 0, PATIENCE_S)
+
+
 async def steadily(
     client: httpx.AsyncClient, calls: Sequence[tuple[str, str]], rate: float
 ) -> dict[str, float]:
@@ -83,22 +99,12 @@ async def one_run(
 ) -> Result:
     count = scale.steady + scale.tasks
     async with httpx.AsyncClient(base_url=upstream, timeout=60, trust_env=False) as client:
-        await ordered(here, client, count)
-        await arrived(client, "orders", count)
-        orders = (await client.get("/bench/seen")).json()["orders"]
-        ids = {url: id for made in orders.values() for id, url, _ in made}
+        ids = await submitted(here, client, count)
         calls = [(url, called(id, upstream)) for url, id in ids.items()]
         sent = await steadily(client, calls[: scale.steady], scale.rate)
         await arrived(client, "events", scale.steady)
-        requests = folder / "requests"
-        lines = [
-            json.dumps({"path": url.removeprefix(here.url), "body": body})
-            for url, body in calls[scale.steady :]
-        ]
-        requests.write_text("\n".join(lines))
         cpu, theirs = here.cpu(), server_cpu()
-        burst = (here.url, requests, "once", CONNECTIONS, 0, PATIENCE_S)
-        load = await asyncio.to_thread(measure, *burst)
+        load = await asyncio.to_thread(burst, here, folder, calls[scale.steady :])
         await arrived(client, "events", count)
         cpu, theirs = here.cpu() - cpu, server_cpu() - theirs
         picture = (await client.get("/bench/picture")).content

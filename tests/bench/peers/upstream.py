@@ -1,5 +1,5 @@
 """The upstream and the receiver of all contenders: `python -m tests.bench.peers.upstream HELD
-ANSWER_S`.
+ANSWER_S [PICTURE]`. PICTURE is a file, whose content is every result.
 
 An upstream as documented: each submission is a new paid task, also with the idempotency key of
 another. The task exists from the moment of its request, and the answer leaves `ANSWER_S` later.
@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -47,10 +48,10 @@ def picture() -> bytes:
 
 
 class Upstream:
-    def __init__(self, called: bool, answer_s: float) -> None:
+    def __init__(self, called: bool, answer_s: float, picture: bytes) -> None:
         self.called = called
         self.answer_s = answer_s
-        self.picture = picture()
+        self.picture = picture
         self.orders: defaultdict[str, list[tuple[str, str, float]]] = defaultdict(list)
         self.events: list[tuple[float, dict[str, str], str]] = []
         self.taken: list[str] = []  # whose callback was answered
@@ -125,4 +126,5 @@ class Upstream:
 
 
 if __name__ == "__main__":
-    uvloop.run(answer(Upstream(sys.argv[1] == "called", float(sys.argv[2])).app()))
+    made = Path(sys.argv[3]).read_bytes() if len(sys.argv) > 3 else picture()
+    uvloop.run(answer(Upstream(sys.argv[1] == "called", float(sys.argv[2]), made).app()))
