@@ -1,5 +1,5 @@
 """The servers of a measurement besides `darkroom serve`, each in a process: `python -m
-tests.bench.servers bare|web|upstream|sandbox`.
+tests.bench.servers bare|web|upstream|receiver|sandbox`.
 
 Each prints `{"address": …}`, `web` through its `service.started`, and runs until SIGTERM on the
 service's own uvicorn settings.
@@ -8,6 +8,7 @@ service's own uvicorn settings.
 import json
 import sys
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Mapping
 from decimal import Decimal
 from ipaddress import ip_network
@@ -52,6 +53,36 @@ def upstream() -> Starlette:
         return Response(picture, media_type="image/jpeg")
 
     return Starlette(routes=[Route("/v1/tasks/{task_id}", task), Route("/files/{name:path}", file)])
+
+
+def receiver() -> Starlette:
+    """Answers each webhook with 204 at once. `/bench/count` has their number. `DELETE /bench/seen`
+    has them all, and forgets them: `[time of the monotonic clock, CPU of the process so far, path,
+    id, CRC-32 of the body]`.
+    """
+    came: list[tuple[float, float, str, str, int]] = []
+
+    async def take(request: Request) -> Response:
+        now, cpu, body = time.monotonic(), time.process_time(), await request.body()
+        path, id = request.scope["path"], request.headers["webhook-id"]
+        came.append((now, cpu, path, id, zlib.crc32(body)))
+        return Response(status_code=204)
+
+    async def count(_: Request) -> Response:
+        return JSONResponse(len(came))
+
+    async def seen(_: Request) -> Response:
+        answer = JSONResponse(came)
+        came.clear()
+        return answer
+
+    return Starlette(
+        routes=[
+            Route("/{endpoint:int}", take, methods=["POST"]),
+            Route("/bench/count", count),
+            Route("/bench/seen", seen, methods=["DELETE"]),
+        ]
+    )
 
 
 class Timed:
@@ -108,6 +139,7 @@ SERVERS: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
     "bare": lambda: answer(BARE),
     "web": web,
     "upstream": lambda: answer(upstream()),
+    "receiver": lambda: answer(receiver()),
     "sandbox": lambda: answer(
         Timed(
             create_sandbox(

@@ -61,6 +61,20 @@ def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_the_benchmark_of_deliveries_fills_its_table(tmp_path: Path) -> None:
+    """Each number of endpoints has its rates and their ratio. Each event has come once, or the
+    benchmark fails.
+    """
+    arguments = ("--quick", "--folder", str(tmp_path))
+    done = run_module("tests.bench.deliveries", *arguments, limit_s=280)
+    assert done.returncode == 0, done.stderr
+    row = r"^\| (\d+) \| \d+ \| [1-9]\d* \| [1-9]\d* \| \d+\.\d\d \|$"
+    assert re.findall(row, done.stdout, re.MULTILINE) == ["1", "10", "100"]
+    assert re.search(r"^The receiver used at most \d+% of its core", done.stdout, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(300)
 def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
     """The table has a row for each kind of transaction."""
     arguments = ("--ordinary", "100", "--large", "2", "--folder", str(tmp_path))

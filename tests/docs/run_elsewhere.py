@@ -36,6 +36,7 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "make bench-peers": BENCHMARKS,
         "make chaos": "tests/crash/test_chaos.py",
         ".venv/bin/python -m tests.bench.dead_endpoint": BENCHMARKS,
+        ".venv/bin/python -m tests.bench.deliveries": BENCHMARKS,
         ".venv/bin/python -m tests.bench.downloads": BENCHMARKS,
         ".venv/bin/python -m tests.bench.growth": "tests/integration/test_growth.py",
         ".venv/bin/python -m tests.bench.memory": BENCHMARKS,
