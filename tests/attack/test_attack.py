@@ -1,6 +1,6 @@
 """An attack on a running service: one owner's weight is no other owner's outage, every answer is
 bounded, and what must stay inside stays inside. Each function is one line of attack against a real
-process. `test_callbacks_meanwhile.py` measures callbacks during these attacks.
+process. `test_callbacks_meanwhile.py` sends callbacks during these attacks.
 """
 
 import asyncio

@@ -1,0 +1,52 @@
+"""Measures what an attack costs the callbacks of others: `python -m tests.bench.attacks`.
+
+A service is attacked, and a calm one runs beside it. A process sends one callback after the other
+to them in turns. The time in which a service waited for a processor does not count, because the
+attackers share the cores with it.
+"""
+
+import argparse
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.attack.attacks import ATTACKS, attacked_and_calm
+from tests.bench.acknowledgement import spread
+from tests.environment import ROOT
+
+ROUNDS = 9
+
+
+async def measured(folder: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """For each attack, the milliseconds of the slowest hundredth of callbacks: of the service under
+    attack, and of the calm one.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ATTACKS}
+    async with attacked_and_calm(folder) as (under, pulse):
+        for _ in range(rounds):
+            for name, attack in ATTACKS.items():
+                async with attack(under):
+                    found[name].append(await pulse.p99())
+    return found
+
+
+def row(name: str, times: Sequence[tuple[float, float]]) -> str:
+    attacked, calm = zip(*times, strict=True)
+    factors = [one / other for one, other in times]
+    cells = (spread(attacked, ".1f"), spread(calm, ".1f"), spread(factors, ".1f"))
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m tests.bench.attacks")
+    options.add_argument("--rounds", type=int, default=ROUNDS)
+    asked = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=ROOT) as folder:
+        found = asyncio.run(measured(Path(folder), asked.rounds))
+    print("| p99 of a callback, ms | under attack | in peace | factor |\n|---|---|---|---|")
+    print("\n".join(row(name, times) for name, times in found.items()))
+
+
+if __name__ == "__main__":
+    main()
