@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from tests.bench.processes import TICKS
+from tests.bench.processes import cpu_seconds
 from tests.environment import ROOT, clean_environment
 from tests.processes import ADMIN_KEY, service_settings
 from tests.servers import free_port
@@ -122,13 +122,7 @@ class Running:
 
     def cpu(self) -> float:
         """Seconds of CPU that its processes and their children have used."""
-        sessions, ticks = {process.running.pid for process in self.processes}, 0
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = path.read_text().rpartition(") ")[2].split()
-                if int(fields[3]) in sessions:
-                    ticks += sum(map(int, fields[11:15]))
-        return ticks / TICKS
+        return sum(sum(cpu_seconds(each.running.pid)) for each in self.processes)
 
     async def awake(self, client: httpx.AsyncClient) -> bool:
         """Whether every process has had time to start, and the first to call answers."""
