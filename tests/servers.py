@@ -129,10 +129,10 @@ def postgres_running(binaries: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def postgres_database(server: str) -> Iterator[str]:
-    """Creates an empty database on the server and yields its URL."""
+def postgres_database(server: str, template: str = "template1") -> Iterator[str]:
+    """Creates a database on the server and yields its URL. It is empty, or a copy of `template`."""
     name = f"darkroom_{uuid.uuid4().hex}"
-    asyncio.run(execute(server, f'CREATE DATABASE "{name}"'))
+    asyncio.run(execute(server, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
     try:
         parts = urlsplit(server)
         yield f"{parts.scheme}://{parts.netloc}/{name}" + (

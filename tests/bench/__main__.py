@@ -19,7 +19,7 @@ from tests.bench.delivery import delivery
 from tests.bench.processes import CORES
 from tests.environment import ROOT
 
-FULL = Scale(rounds=5, tasks=20_000, connections=64, warm_up=1, seconds=4)
+FULL = Scale(rounds=5, tasks=40_000, connections=64, warm_up=1, seconds=4)
 QUICK = Scale(rounds=1, tasks=300, connections=8, warm_up=0, seconds=0.4)
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         folder = Path(name)
         parts = [machine(folder), acknowledgement(folder, QUICK if asked.quick else FULL)]
-        parts.append(delivery(folder / "delivery", 10, 1 if asked.quick else 30))
+        parts.append(delivery(folder / "delivery", 10, 1 if asked.quick else 90))
     table = "\n\n".join(parts)
     print(table)
     if asked.write:

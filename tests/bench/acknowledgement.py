@@ -4,13 +4,18 @@ with a bare route that stores nothing.
 
 import asyncio
 import json
+import os
 import shutil
 import statistics
-from collections.abc import Sequence
-from contextlib import ExitStack
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from service.db.batching import BatchingStore
 from service.db.clock import wall_clock
 from service.db.transaction import Lease
 from service.resources import new_id
@@ -23,16 +28,25 @@ from service.upstreams.base import Accepted, Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
 from tests.bench.wrk import compared
 from tests.processes import service_settings
-from tests.stores import open_sqlite
+from tests.servers import execute, postgres_binaries, postgres_database, postgres_running
+from tests.stores import open_postgres, open_sqlite
 
 SECRET_KEY = "a secret key for benchmarks alone"
 DAY_MS = 86_400_000
 CHUNK = 500
 ROWS = {
     "bare": "bare route: nothing is kept",
-    "web": "`POST /callbacks/…`, acknowledged durably, no workers in the process",
+    "web": "`POST /callbacks/…` on SQLite, acknowledged durably, no workers in the process",
     "serve": "the same in `darkroom serve`, whose workers settle and download meanwhile",
+    "slow": "the second row with every fsync 2 ms slower",
+    "postgres": "`POST /callbacks/…` on PostgreSQL, no workers in the process",
 }
+LACKING = {
+    "slow": "`cc` is not installed (`apt-get install gcc`): the row of slow fsyncs is left out.",
+    "postgres": "PostgreSQL is not installed (`apt-get install postgresql`): its row is left out.",
+}
+SHIM = "slow_fsync.so"
+Copied = Callable[[], AbstractContextManager[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +62,15 @@ class Scale:
     seconds: float
 
 
-async def prepare(folder: Path, upstream: str, count: int) -> None:
+def lacking() -> dict[str, str]:
+    """A sentence for each row that this machine cannot have."""
+    found = {"slow": shutil.which("cc"), "postgres": postgres_binaries()}
+    return {name: LACKING[name] for name, program in found.items() if program is None}
+
+
+async def prepare(folder: Path, upstream: str, count: int, database: str | None = None) -> None:
     """Prepares a store with `count` submitted tasks, and `requests` with a line for each task's
-    callback. Each callback names one result.
+    callback. Each callback names one result. The PostgreSQL database gets the same tasks.
     """
     keyring, ids = (
         Keyring([SECRET_KEY.encode()]),
@@ -66,10 +86,15 @@ async def prepare(folder: Path, upstream: str, count: int) -> None:
             }
             path = f"/callbacks/evolink/{task_id}/{keyring.callback_token('evolink', task_id)}"
             requests.write(json.dumps({"path": path, "body": json.dumps(body)}) + "\n")
-    async with open_sqlite(
-        folder / "template" / "darkroom.db", process="bench", new_id=new_id
-    ) as store:
-        for start in range(0, count, CHUNK):
+    sqlite = folder / "template" / "darkroom.db"
+    await fill(open_sqlite(sqlite, process="bench", new_id=new_id), ids)
+    if database is not None:
+        await fill(open_postgres(database, process="bench", new_id=new_id), ids)
+
+
+async def fill(opened: AbstractAsyncContextManager[BatchingStore], ids: Sequence[str]) -> None:
+    async with opened as store:
+        for start in range(0, len(ids), CHUNK):
             chunk = ids[start : start + CHUNK]
             await asyncio.gather(
                 *(store.write(insert_tasks, waiting(task_id), urgent=True) for task_id in chunk)
@@ -102,29 +127,47 @@ def taken(task_id: str) -> SubmissionResult:
     )
 
 
-def one_round(folder: Path, upstream: str, scale: Scale) -> dict[str, dict[str, float]]:
+def compile_shim(folder: Path) -> None:
+    source = Path(__file__).with_name("slow_fsync.c")
+    command = ["cc", "-shared", "-fPIC", "-o", str(folder / SHIM), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+
+
+def settings_of(
+    name: str, folder: Path, upstream: str, copied: Copied, stack: ExitStack
+) -> dict[str, str]:
+    """The environment of a row's process, which works on a copy of the prepared store."""
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    if name == "postgres":
+        url = stack.enter_context(copied())
+        asyncio.run(execute(url, "CHECKPOINT"))  # or the server writes the copy during the run
+        return service_settings(upstream, folder, SECRET_KEY=SECRET_KEY, DATABASE_URL=url)
+    shutil.copytree(folder / "template", folder / "data")
+    slow = {"LD_PRELOAD": str(folder / SHIM)} if name == "slow" else {}
+    return service_settings(upstream, folder, SECRET_KEY=SECRET_KEY) | slow
+
+
+def one_round(
+    folder: Path, upstream: str, scale: Scale, rows: Sequence[str], copied: Copied
+) -> dict[str, dict[str, float]]:
     """Measures each row once, one after another. Every run has a fresh process on a copy of the
     prepared store.
     """
     results = {}
-    for name in ROWS:
+    for name in rows:
         with ExitStack() as stack:
-            settings = {}
-            if name != "bare":
-                shutil.rmtree(folder / "data", ignore_errors=True)
-                shutil.copytree(folder / "template", folder / "data")
-                settings = service_settings(upstream, folder, SECRET_KEY=SECRET_KEY)
-            command = ("service", "serve") if name == "serve" else ("tests.bench.servers", name)
+            bare = name == "bare"
+            settings = {} if bare else settings_of(name, folder, upstream, copied, stack)
+            program = ("tests.bench.servers", "bare" if bare else "web")
+            command = ("service", "serve") if name == "serve" else program
+            os.sync()  # or the first commits wait for what the copy has left to write
             address = stack.enter_context(
                 server(*command, folder=folder, cores=MEASURED, **settings)
             )
-            repeat = (
-                "again" if name == "bare" else "once"
-            )  # a second callback for a task is a duplicate
             results[name] = measure(
                 address,
                 folder / "requests",
-                repeat,
+                "again" if bare else "once",  # a second callback for a task is a duplicate
                 scale.connections,
                 scale.warm_up,
                 scale.seconds,
@@ -132,30 +175,47 @@ def one_round(folder: Path, upstream: str, scale: Scale) -> dict[str, dict[str, 
     return results
 
 
+def measured(folder: Path, scale: Scale) -> list[dict[str, dict[str, float]]]:
+    """The rounds, each with the rows that this machine can have."""
+    rows = [name for name in ROWS if name not in lacking()]
+    with ExitStack() as stack:
+        upstream = stack.enter_context(
+            server("tests.bench.servers", "upstream", folder=folder, cores=MEASURING)
+        )
+        postgres, template = "", None
+        if (binaries := postgres_binaries()) is not None:
+            postgres = stack.enter_context(postgres_running(binaries))  # on all cores
+            template = stack.enter_context(postgres_database(postgres))
+        if "slow" in rows:
+            compile_shim(folder)
+        asyncio.run(prepare(folder, upstream, scale.tasks, template))
+        copied = partial(postgres_database, postgres, urlsplit(template or "").path[1:])
+        return [one_round(folder, upstream, scale, rows, copied) for _ in range(scale.rounds)]
+
+
 def acknowledgement(folder: Path, scale: Scale) -> str:
-    """The table, in Markdown."""
-    with server("tests.bench.servers", "upstream", folder=folder, cores=MEASURING) as upstream:
-        asyncio.run(prepare(folder, upstream, scale.tasks))
-        rounds = [one_round(folder, upstream, scale) for _ in range(scale.rounds)]
+    """The table, in Markdown, with a sentence for each row that is left out."""
+    rounds = measured(folder, scale)
     lines = [
         (
             f"| callbacks over {scale.connections} connections | a second | p50 ms | p99 ms"
-            " | of bare |"
+            " | of bare | of the second row |"
         ),
-        "|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
-    for name, about in ROWS.items():
+    for name in rounds[0]:
         runs = [each[name] for each in rounds]
         figures = [
             spread([run["rate"] for run in runs], ".0f"),
             spread([run["p50"] * 1000 for run in runs], ".1f"),
             spread([run["p99"] * 1000 for run in runs], ".1f"),
             spread([each[name]["rate"] / each["bare"]["rate"] for each in rounds], ".2f"),
+            spread([each[name]["rate"] / each["web"]["rate"] for each in rounds], ".2f"),
         ]
-        lines.append(f"| {about} | {' | '.join(figures)} |")
+        lines.append(f"| {ROWS[name]} | {' | '.join(figures)} |")
     ours = statistics.median(each["bare"]["rate"] for each in rounds)
     control = compared(folder, scale.connections, scale.seconds, ours)
-    return "\n".join([*lines, "", control])
+    return "\n".join([*lines, "", *lacking().values(), control])
 
 
 def spread(values: Sequence[float], form: str) -> str:

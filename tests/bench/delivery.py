@@ -1,10 +1,10 @@
 """Callback to delivery: the time from the upstream's callback until a subscriber has the event, at
-a steady rate of tasks.
+a steady rate of tasks. Tasks of three kinds take turns.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,28 @@ from tests.processes import ADMIN_KEY, service_settings
 
 END_S = 60.0
 Interval = tuple[float, float]
+# The rows, and the prompt and the faults of their tasks. `tests.bench.servers` has the pictures.
+KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "no picture: the task has failed": ("none", {"fail": "service_error"}),
+    "a JPEG of 1024 × 1024 pixels and 100 KB": ("100 KB", {"format": "jpeg"}),
+    "a JPEG of 1440 × 1440 pixels and 1 MB": ("1 MB", {"format": "jpeg"}),
+}
 
 
 class Subscriber:
-    """Records the arrival of each task's terminal event in Unix seconds, by the upstream's id.
-    `all_there` is set once there are `count`.
+    """Records the arrival of each task's terminal event in Unix seconds, and the task's kind, by
+    the upstream's id. `all_there` is set once there are `count`.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.arrived: dict[str, float] = {}
+        self.arrived: dict[str, tuple[float, str]] = {}
         self.all_there = asyncio.Event()
 
     async def take(self, request: Request) -> Response:
         now = time.time()
-        event = await request.json()
-        self.arrived.setdefault(event["data"]["upstream_id"], now)
+        data = (await request.json())["data"]
+        self.arrived.setdefault(data["upstream_id"], (now, data["metadata"]["kind"]))
         if len(self.arrived) == self.count:
             self.all_there.set()
         return Response(status_code=204)
@@ -45,16 +51,19 @@ class Subscriber:
 
 async def submit(service: httpx.AsyncClient, rate: float, count: int) -> None:
     """Submits `count` tasks at even intervals, without waiting for earlier answers."""
-    body = {
-        "model": "wan2.5-text-to-image",
-        "prompt": "a lighthouse",
-        "size": "1024x1024",
-        "sandbox": {"format": "jpeg"},
-    }
+    kinds = list(KINDS.items())
     loop = asyncio.get_running_loop()
     started = loop.time()
 
     async def one(number: int) -> None:
+        kind, (prompt, faults) = kinds[number % len(kinds)]
+        body = {
+            "model": "wan2.5-text-to-image",
+            "prompt": prompt,
+            "size": "1024x1024",
+            "metadata": {"kind": kind},
+            "sandbox": faults,
+        }
         await asyncio.sleep(started + number / rate - loop.time())
         answer = await service.post(
             "/v1/images/generations", json=body, headers={"prefer": "respond-async"}
@@ -74,9 +83,11 @@ def covered(intervals: Sequence[Interval], start: float, end: float) -> float:
     return total
 
 
-async def run(upstream: str, service: str, rate: float, count: int) -> list[tuple[float, float]]:
-    """For each task: the seconds from callback to delivery, and the part of them that the upstream
-    spent on its query or its result.
+async def run(
+    upstream: str, service: str, rate: float, count: int
+) -> dict[str, list[tuple[float, float]]]:
+    """For each task of a kind: the seconds from callback to delivery, and the part of them that the
+    upstream spent on its query or its result.
     """
     takes = Subscriber(count)
     async with AsyncExitStack() as stack:
@@ -89,7 +100,7 @@ async def run(upstream: str, service: str, rate: float, count: int) -> list[tupl
         )
         endpoint = {
             "url": f"http://127.0.0.1:{bound.getsockname()[1]}/",
-            "types": ["image.task.completed"],
+            "types": ["image.task.completed", "image.task.failed"],
         }
         (await client.post("/v1/endpoints", json=endpoint)).raise_for_status()
         await submit(client, rate, count)
@@ -100,12 +111,11 @@ async def run(upstream: str, service: str, rate: float, count: int) -> list[tupl
         )
         tasks = (await sandbox.get("/sandbox/tasks")).json()["data"]
         times: dict[str, Any] = (await sandbox.get("/bench/times")).json()
-    figures = []
+    figures: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     for task in tasks:
-        called, arrived = task["callbacks"][0]["at"], takes.arrived[task["id"]]
-        figures.append(
-            (arrived - called, covered([(a, b) for a, b in times[task["id"]]], called, arrived))
-        )
+        called, (arrived, kind) = task["callbacks"][0]["at"], takes.arrived[task["id"]]
+        theirs = covered([(a, b) for a, b in times.get(task["id"], ())], called, arrived)
+        figures[kind].append((arrived - called, theirs))
     return figures
 
 
@@ -119,20 +129,20 @@ def delivery(folder: Path, rate: float, seconds: float) -> str:
             pinned(MEASURING),
         ):
             figures = asyncio.run(run(upstream, service, rate, round(rate * seconds)))
-    rows = {
-        "from the upstream's callback to the event's arrival": [whole for whole, _ in figures],
-        "of it, the upstream's own time for the query and the result": [
-            upstreams for _, upstreams in figures
-        ],
-        "beyond the upstream's own time": [whole - upstreams for whole, upstreams in figures],
-    }
-    lines = [
-        f"| {rate:g} tasks a second for {seconds:g} s, one image each | p50 ms | p99 ms |",
-        "|---|---|---|",
-    ]
-    for about, values in rows.items():
-        lines.append(
-            f"| {about} | {percentile(values, 0.5) * 1000:.0f} |"
-            f" {percentile(values, 0.99) * 1000:.0f} |"
+    head = (
+        f"| {rate:g} tasks a second for {seconds:g} s, in turns | from the callback to the event's"
+        " arrival, p50 ms | p99 ms | of it the upstream's own, p50 ms | p99 ms | beyond it, p50 ms"
+        " | p99 ms |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for kind, tasks in figures.items():
+        columns = (
+            [whole for whole, _ in tasks],
+            [theirs for _, theirs in tasks],
+            [whole - theirs for whole, theirs in tasks],
         )
+        cells = (
+            f"{percentile(values, share) * 1000:.1f}" for values in columns for share in (0.5, 0.99)
+        )
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)

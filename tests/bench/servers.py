@@ -5,6 +5,7 @@ Each prints `{"address": …}`, `web` through its `service.started`, and runs un
 service's own uvicorn settings.
 """
 
+import io
 import json
 import sys
 import time
@@ -13,8 +14,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from decimal import Decimal
 from ipaddress import ip_network
 from typing import Any
+from unittest.mock import patch
 
 import uvloop
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,11 +27,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.app import Role, serve
 from service.ops import logging
 from service.settings import load_settings
-from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from service.upstreams.sandbox import SandboxOptions, create_sandbox, emulator
 from service.upstreams.sandbox.renderer import draw
 from service.web.server import Server, bind, listening, stopping
 
 HOST = "127.0.0.1"
+# By the prompt of the task, as arguments of `picture`.
+PICTURES: Mapping[str, Mapping[str, int]] = {"100 KB": {}, "1 MB": {"side": 1440, "quality": 98}}
 
 
 async def bare(request: Request) -> Response:
@@ -83,6 +88,27 @@ def receiver() -> Starlette:
             Route("/bench/seen", seen, methods=["DELETE"]),
         ]
     )
+
+
+def picture(side: int = 1024, quality: int = 75) -> bytes:
+    """A square JPEG with noise. By default it has about 100 KB."""
+    base = Image.linear_gradient("L").resize((side, side))
+    made = io.BytesIO()
+    noisy = Image.blend(base, Image.effect_noise((side, side), 12), 0.4)
+    noisy.convert("RGB").save(made, "JPEG", quality=quality)
+    return made.getvalue()
+
+
+def sandbox() -> ASGIApp:
+    """The sandbox, timed. A prompt that names a picture gets that one, and any other is drawn."""
+    pictures = {name: picture(**how) for name, how in PICTURES.items()}
+
+    def drawn(name: str, prompt: str, width: int, height: int, format: str) -> bytes:
+        return pictures.get(prompt) or draw(name, prompt, width, height, format)
+
+    patch.object(emulator, "draw", drawn).start()
+    networks = (ip_network("127.0.0.0/8"),)
+    return Timed(create_sandbox(SandboxOptions(networks=networks, credits=Decimal(1_000_000))))
 
 
 class Timed:
@@ -140,13 +166,7 @@ SERVERS: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
     "web": web,
     "upstream": lambda: answer(upstream()),
     "receiver": lambda: answer(receiver()),
-    "sandbox": lambda: answer(
-        Timed(
-            create_sandbox(
-                SandboxOptions(networks=(ip_network("127.0.0.0/8"),), credits=Decimal(1_000_000))
-            )
-        )
-    ),
+    "sandbox": lambda: answer(sandbox()),
 }
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,21 +14,24 @@ from typing import Any
 import pytest
 import standardwebhooks
 
-from tests.bench import scaling
+from tests.bench import acknowledgement, scaling
 from tests.bench.__main__ import written
-from tests.bench.acknowledgement import spread
+from tests.bench.acknowledgement import LACKING, ROWS, compile_shim, lacking, spread
 from tests.bench.dead_endpoint import turns
-from tests.bench.delivery import covered
+from tests.bench.delivery import KINDS, covered
 from tests.bench.peers import contenders
 from tests.bench.peers.kills import judged
 from tests.bench.peers.speed import Result, Scale
+from tests.bench.servers import PICTURES, picture
 from tests.environment import run_module
+from tests.servers import missing
 
 
 @pytest.mark.timeout(300)
 def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
-    """`make bench` succeeds, prints a line on the machine, fills every row, compares its load with
-    `wrk` or says that it is missing, and leaves no files.
+    """`make bench` succeeds, prints a line on the machine, fills every row that the machine can
+    have, names the others, compares its load with `wrk` or says that it is missing, and leaves no
+    files.
     """
     done = run_module("tests.bench", "--quick", "--folder", str(tmp_path), limit_s=280)
     assert done.returncode == 0, done.stderr
@@ -35,17 +40,11 @@ def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
         r" ms\.",
         done.stdout,
     )
-    assert (
-        len(
-            re.findall(
-                r"^\| [^|]+ \| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|$",
-                done.stdout,
-                re.MULTILINE,
-            )
-        )
-        == 3
-    )
-    assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 3
+    row = r"^\| [^|]+ \| \d+ \|( \d+\.\d \|){2}( \d+\.\d\d \|){2}$"
+    assert len(re.findall(row, done.stdout, re.MULTILINE)) == len(ROWS) - len(lacking())
+    assert all(line in done.stdout.splitlines() for line in lacking().values())
+    row = r"^\| [^|]+ \|( \d+\.\d \|){6}$"
+    assert len(re.findall(row, done.stdout, re.MULTILINE)) == len(KINDS)
     assert re.search(r"^`wrk` (gets \d+ answers|is not installed)", done.stdout, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
@@ -206,3 +205,35 @@ def test_a_single_round_has_no_range() -> None:
     """A range needs at least two rounds."""
     assert spread([2.0], ".1f") == "2.0"
     assert spread([3.0, 1.0, 2.0], ".0f") == "2 (1–3)"
+
+
+def test_a_row_that_the_machine_cannot_have_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The line names the command that installs what is missing."""
+    monkeypatch.setattr(acknowledgement, "postgres_binaries", lambda: None)
+    monkeypatch.setenv("PATH", "")
+    assert lacking() == LACKING
+    assert all("apt-get install" in line for line in LACKING.values())
+
+
+@pytest.mark.parametrize("call", ("fsync", "fdatasync"))
+def test_a_slow_fsync_takes_2_ms_more(tmp_path: Path, call: str) -> None:
+    """The library is compiled, and the call of a process that preloads it takes longer."""
+    if "slow" in lacking():
+        missing("cc", "PATH")
+    compile_shim(tmp_path)
+    program = (
+        "import os, sys, time\nfile = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        f"began = time.perf_counter()\nos.{call}(file)\nprint(time.perf_counter() - began)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    preloaded = {"LD_PRELOAD": str(tmp_path / acknowledgement.SHIM)}
+    done = subprocess.run(command, env=preloaded, capture_output=True, text=True, check=True)
+    assert float(done.stdout) >= 0.002
+
+
+def test_the_pictures_are_as_large_as_their_rows_say() -> None:
+    """Within a tenth."""
+    sizes = {name: len(picture(**how)) for name, how in PICTURES.items()}
+    assert sizes == pytest.approx({"100 KB": 1e5, "1 MB": 1e6}, rel=0.1)

@@ -12,7 +12,6 @@ whose callback was answered with 2xx. Times are those of the machine's monotonic
 """
 
 import asyncio
-import io
 import sys
 import time
 from collections import defaultdict
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,20 +29,11 @@ from starlette.routing import Route
 
 from service.net.egress_client import Egress, Rules
 from service.upstreams.sandbox.callback_sender import CallbackAttempt, CallbackSender
-from tests.bench.servers import answer
+from tests.bench.servers import answer, picture
 from tests.processes import LOOPBACK
 
 MADE_S, RETRIES_S = 0.5, (1, 2, 4)
 SIGNED = ("webhook-id", "webhook-timestamp", "webhook-signature")
-
-
-def picture() -> bytes:
-    """A JPEG of 1024 × 1024 pixels and about 100 KB."""
-    base = Image.linear_gradient("L").resize((1024, 1024))
-    made = io.BytesIO()
-    noisy = Image.blend(base, Image.effect_noise((1024, 1024), 12), 0.4)
-    noisy.convert("RGB").save(made, "JPEG", quality=75)
-    return made.getvalue()
 
 
 class Upstream:
