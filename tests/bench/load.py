@@ -1,17 +1,17 @@
-"""The load: `python -m tests.bench.load ADDRESS FILE once|again CONNECTIONS WARM_UP SECONDS`, a
-process of its own on a core of its own.
+"""The load: `python -m tests.bench.load ADDRESS FILE once|again CONNECTIONS WARM_UP SECONDS GOOD`,
+a process of its own on a core of its own.
 
-Each line of FILE is a request, `{"path", "body"}`. With `again`, the load starts over after the
-last request. A connection sends its next request when it has the answer to the previous one. The
-requests are bytes before the clock starts, and the load checks only where an answer ends, so that
-the figures are those of the server.
+Each line of FILE is a request, `{"path", "body"}`, perhaps with `"headers"`. With `again`, the load
+starts over after the last request. A connection sends its next request when it has the answer to
+the previous one. The requests are bytes before the clock starts. The load checks only where an
+answer ends, that it is 200 and that it contains GOOD, so that the figures are those of the server.
 """
 
 import asyncio
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
@@ -20,14 +20,15 @@ from typing import cast
 import uvloop
 
 LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
-GOOD = b'{"status":"accepted"}'
+GOOD = '{"status":"accepted"}'
 
 
-def request_bytes(path: str, body: str) -> bytes:
+def request_bytes(path: str, body: str, headers: Mapping[str, str] | None = None) -> bytes:
     content = body.encode()
+    more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     head = (
         f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type:"
-        f" application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        f" application/json\r\ncontent-length: {len(content)}\r\n{more}\r\n"
     )
     return head.encode() + content
 
@@ -37,9 +38,10 @@ class Run:
     start and its latency.
     """
 
-    def __init__(self, requests: Iterator[bytes], seconds: float) -> None:
+    def __init__(self, requests: Iterator[bytes], seconds: float, good: str = GOOD) -> None:
         self.requests = requests
         self.seconds = seconds
+        self.good = good.encode()
         self.started = perf_counter()
         self.answered: list[tuple[float, float]] = []
         self.wrong = 0
@@ -85,7 +87,7 @@ class Connection(asyncio.Protocol):
             return
         now = perf_counter()
         self.run.answered.append((now - self.run.started, now - self.sent))
-        self.run.wrong += body != GOOD
+        self.run.wrong += not head.startswith(b"HTTP/1.1 200 ") or self.run.good not in body
         self.send()
 
 
@@ -95,13 +97,18 @@ def percentile(values: list[float], share: float) -> float:
 
 
 async def load(
-    address: str, requests: Iterator[bytes], connections: int, warm_up: float, seconds: float
+    address: str,
+    requests: Iterator[bytes],
+    connections: int,
+    warm_up: float,
+    seconds: float,
+    good: str,
 ) -> dict[str, float]:
     """Answers a second, and their p50 and p99 in seconds, measured after `warm_up`. `wrong` counts
     the answers that accepted nothing. `started` is a time of the machine's monotonic clock.
     """
     host, _, port = address.removeprefix("http://").partition(":")
-    run = Run(requests, warm_up + seconds)
+    run = Run(requests, warm_up + seconds, good)
     loop = asyncio.get_running_loop()
     await asyncio.gather(
         *(
@@ -123,12 +130,9 @@ async def load(
 
 
 if __name__ == "__main__":
-    address, file, repeat, connections, warm_up, seconds = sys.argv[1:]
+    address, file, repeat, connections, warm_up, seconds, good = sys.argv[1:]
     lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
-    prebuilt = [request_bytes(line["path"], line["body"]) for line in lines]
+    prebuilt = [request_bytes(**line) for line in lines]
     requests = cycle(prebuilt) if repeat == "again" else iter(prebuilt)
-    print(
-        json.dumps(
-            uvloop.run(load(address, requests, int(connections), float(warm_up), float(seconds)))
-        )
-    )
+    times = float(warm_up), float(seconds)
+    print(json.dumps(uvloop.run(load(address, requests, int(connections), *times, good))))

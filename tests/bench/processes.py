@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.bench.load import GOOD
 from tests.environment import ROOT, clean_environment
 
 START_S, RUN_S, TICKS = 60.0, 60.0, os.sysconf("SC_CLK_TCK")
@@ -66,9 +67,15 @@ def address_in(path: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 def measure(
-    address: str, requests: Path, repeat: str, connections: int, warm_up: float, seconds: float
+    address: str,
+    requests: Path,
+    repeat: str,
+    connections: int,
+    warm_up: float,
+    seconds: float,
+    good: str = GOOD,
 ) -> dict[str, float]:
-    """One run of `tests.bench.load`."""
+    """One run of `tests.bench.load`. Every answer has to contain `good`."""
     command = [
         sys.executable,
         "-m",
@@ -79,6 +86,7 @@ def measure(
         str(connections),
         str(warm_up),
         str(seconds),
+        good,
     ]
     with pinned(MEASURING):
         done = subprocess.run(

@@ -1,5 +1,5 @@
 """The servers of a measurement besides `darkroom serve`, each in a process: `python -m
-tests.bench.servers bare|web|upstream|receiver|sandbox`.
+tests.bench.servers bare|bare-submissions|web|upstream|receiver|sandbox`.
 
 Each prints `{"address": …}`, `web` through its `service.started`, and runs until SIGTERM on the
 service's own uvicorn settings.
@@ -29,6 +29,7 @@ from service.ops import logging
 from service.settings import load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox, emulator
 from service.upstreams.sandbox.renderer import draw
+from service.web.overload import PriorityGate
 from service.web.server import Server, bind, listening, stopping
 
 HOST = "127.0.0.1"
@@ -42,7 +43,23 @@ async def bare(request: Request) -> Response:
     return Response(b'{"status":"accepted"}', media_type="application/json")
 
 
+async def bare_submission(request: Request) -> Response:
+    """The same of a submission, whose JSON it reads."""
+    await request.json()
+    return Response(b'{"status":"pending"}', media_type="application/json")
+
+
 BARE = Starlette(routes=[Route("/callbacks/{upstream}/{task_id}/{token}", bare, methods=["POST"])])
+BARE_SUBMISSIONS = Starlette(
+    routes=[Route("/v1/images/generations", bare_submission, methods=["POST"])]
+)
+
+
+class OpenGate(PriorityGate):
+    """Lets every request begin at once. The gate of clients' requests is a cost of Darkroom's."""
+
+    def admit(self, begin: Callable[[], None], *, callback: bool) -> bool:
+        return True
 
 
 def upstream() -> Starlette:
@@ -139,10 +156,10 @@ class Timed:
         await self.app(scope, receive, sent)
 
 
-async def answer(app: ASGIApp) -> None:
+async def answer(app: ASGIApp, gate: PriorityGate | None = None) -> None:
     bound = bind(HOST, 0)
     with stopping() as stop:
-        async with listening(Server(app, bound, stop_s=1), stop):
+        async with listening(Server(app, bound, 1, gate), stop):
             sys.stdout.write(
                 json.dumps({"address": f"http://{HOST}:{bound.getsockname()[1]}"}) + "\n"
             )
@@ -163,6 +180,7 @@ async def web() -> None:
 
 SERVERS: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
     "bare": lambda: answer(BARE),
+    "bare-submissions": lambda: answer(BARE_SUBMISSIONS, OpenGate()),
     "web": web,
     "upstream": lambda: answer(upstream()),
     "receiver": lambda: answer(receiver()),

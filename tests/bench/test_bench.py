@@ -92,6 +92,22 @@ def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_the_benchmark_of_submissions_runs(tmp_path: Path) -> None:
+    """Both tables have all rows, filled with numbers, and nothing is left on the disk."""
+    arguments = ("--quick", "--folder", str(tmp_path))
+    done = run_module("tests.bench.submissions", *arguments, limit_s=280)
+    assert done.returncode == 0, done.stderr
+    number, rows = r"-?\d+\.\d+", done.stdout.splitlines()
+    assert rows[0].startswith("`python -m tests.bench.submissions` on ")
+    flood = [
+        row for row in rows if re.fullmatch(rf"\| [^|]+ \| \d+ \|( {number} \|){{3}} \d+ \|", row)
+    ]
+    alone = [row for row in rows if re.fullmatch(rf"\| [^|]+ \|( {number} \|){{2}}", row)]
+    assert (len(flood), len(alone)) == (3, 3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(300)
 def test_the_benchmark_of_memory_runs() -> None:
     """It prints the memory at first and after each tenth of the callbacks."""
     done = run_module("tests.bench.memory", "--callbacks", "500", limit_s=280)

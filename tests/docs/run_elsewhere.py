@@ -42,6 +42,7 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         ".venv/bin/python -m tests.bench.memory": BENCHMARKS,
         ".venv/bin/python -m tests.bench.retention --ordinary 4000 --large 100": BENCHMARKS,
         ".venv/bin/python -m tests.bench.scaling --write": BENCHMARKS,
+        ".venv/bin/python -m tests.bench.submissions": BENCHMARKS,
         "darkroom estimate wan2.5-text-to-image --n 3": CATALOGUE,
         "darkroom estimate mj-v7 --field model_params.speed=turbo": CATALOGUE,
         "darkroom submit 'a lighthouse in the fog' --n 2 --wait": CATALOGUE,
