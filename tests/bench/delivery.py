@@ -84,12 +84,12 @@ def covered(intervals: Sequence[Interval], start: float, end: float) -> float:
 
 
 async def run(
-    upstream: str, service: str, rate: float, count: int
+    upstream: str, service: str, rate: float, first: int, count: int
 ) -> dict[str, list[tuple[float, float]]]:
     """For each task of a kind: the seconds from callback to delivery, and the part of them that the
-    upstream spent on its query or its result.
+    upstream spent on its query or its result. The `first` tasks warm up, then `count` are measured.
     """
-    takes = Subscriber(count)
+    takes = Subscriber(first + count)
     async with AsyncExitStack() as stack:
         bound = bind("127.0.0.1", 0)
         app = Starlette(routes=[Route("/", takes.take, methods=["POST"])])
@@ -103,7 +103,7 @@ async def run(
             "types": ["image.task.completed", "image.task.failed"],
         }
         (await client.post("/v1/endpoints", json=endpoint)).raise_for_status()
-        await submit(client, rate, count)
+        await submit(client, rate, first + count)
         async with asyncio.timeout(END_S):
             await takes.all_there.wait()
         sandbox = await stack.enter_async_context(
@@ -112,15 +112,15 @@ async def run(
         tasks = (await sandbox.get("/sandbox/tasks")).json()["data"]
         times: dict[str, Any] = (await sandbox.get("/bench/times")).json()
     figures: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-    for task in tasks:
+    for task in tasks[first:]:  # they are in the order of their submission
         called, (arrived, kind) = task["callbacks"][0]["at"], takes.arrived[task["id"]]
         theirs = covered([(a, b) for a, b in times.get(task["id"], ())], called, arrived)
         figures[kind].append((arrived - called, theirs))
     return figures
 
 
-def delivery(folder: Path, rate: float, seconds: float) -> str:
-    """The table, in Markdown."""
+def delivery(folder: Path, rate: float, warm_up: float, seconds: float) -> str:
+    """The table, in Markdown. Times are in seconds."""
     folder.mkdir()
     with server("tests.bench.servers", "sandbox", folder=folder, cores=MEASURING) as upstream:
         settings = service_settings(upstream, folder)
@@ -128,7 +128,8 @@ def delivery(folder: Path, rate: float, seconds: float) -> str:
             server("service", "serve", folder=folder, cores=MEASURED, **settings) as service,
             pinned(MEASURING),
         ):
-            figures = asyncio.run(run(upstream, service, rate, round(rate * seconds)))
+            counts = round(rate * warm_up), round(rate * seconds)
+            figures = asyncio.run(run(upstream, service, rate, *counts))
     head = (
         f"| {rate:g} tasks a second for {seconds:g} s, in turns | from the callback to the event's"
         " arrival, p50 ms | p99 ms | of it the upstream's own, p50 ms | p99 ms | beyond it, p50 ms"
