@@ -14,13 +14,13 @@ from starlette.middleware import Middleware
 from service.backends import DELIVERIES, REDELIVERIES, open_resources, open_sinks
 from service.errors import ConfigurationError
 from service.events.broker_worker import BrokerWorker
-from service.events.deliveries import dead_letter_delivery
+from service.events.deliveries import dead_letter_delivery, unordered
 from service.events.delivery_worker import DeliveryWorker
 from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.download_worker import DownloadWorker
-from service.images.downloads import dead_letter_image
+from service.images.downloads import dead_letter_image, images_and_origins
 from service.images.input_files import InputFiles
 from service.images.input_sources import InputResolver
 from service.images.validator import ImageValidator, open_validator
@@ -40,6 +40,7 @@ from service.tasks.inbox_worker import InboxWorker
 from service.tasks.ledger import log_committed
 from service.tasks.pause import PauseWatch, watched_pause
 from service.tasks.submit_worker import SubmitWorker
+from service.tasks.task_queries import tasks_by_id
 from service.tasks.transitions import dead_letter_task
 from service.upkeep.heartbeats import WorkerWatch
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
@@ -104,24 +105,20 @@ def stages(
         settings.evolink_result_ttl_s,
         settings.no_results_after_s,
     )
-    downloader = DownloadWorker(
-        resources,
-        validator,
-        settings.download_schedule,
-        settings.max_image_bytes,
-        settings.min_free_bytes,
-    )
+    limits = settings.max_image_bytes, settings.min_free_bytes
+    downloader = DownloadWorker(resources, validator, settings.download_schedule, *limits)
     sender = WebhookSender(resources, settings.delivery_timeout_s)
     deliverer = DeliveryWorker(
         sender, settings.delivery_schedule, settings.endpoint_disable_after_s
     )
+    calls, downloads = settings.evolink_concurrency, settings.download_concurrency
     return [
-        Stage("submit", settings.evolink_concurrency, submitter.run, dead_letter_task),
-        Stage("settle", settings.evolink_concurrency, settler.run, dead_letter_task),
-        Stage("reconcile", settings.evolink_concurrency, settler.run, dead_letter_task),
-        Stage("download", settings.download_concurrency, downloader.run, dead_letter_image),
-        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
-        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
+        Stage("submit", calls, submitter.run, dead_letter_task, rows=tasks_by_id),
+        Stage("settle", calls, settler.run, dead_letter_task, rows=tasks_by_id),
+        Stage("reconcile", calls, settler.run, dead_letter_task),
+        Stage("download", downloads, downloader.run, dead_letter_image, rows=images_and_origins),
+        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, True, unordered),
+        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, True, unordered),
         Stage("replay", REPLAYS, ReplayWorker(resources).run, dead_letter_replay),
     ]
 

@@ -44,12 +44,15 @@ class Incoming:
     path: Path
     local: bool = False  # it becomes the blob itself
     size: int = 0
+    begun: bool = False  # the first write makes the file
+    moved: bool = False  # it has become the blob
 
     async def write(self, data: bytes) -> None:
         """Appends. Each call goes to a thread and back, so pieces should be large.
         BlobUnavailable.
         """
-        await in_thread(append, self.path, data)
+        write, self.begun = append if self.begun else create, True
+        await in_thread(write, self.path, data)
         self.size += len(data)
 
     async def sync(self) -> None:
@@ -105,14 +108,17 @@ def check_name(name: str) -> str:
 
 @asynccontextmanager
 async def incoming_in(folder: Path, *, local: bool = False) -> AsyncIterator[Incoming]:
-    """A new file in the folder. It is removed at the exit, unless it was moved. BlobUnavailable."""
-    path = folder / token_hex(16)
+    """A new file in the folder. It is removed at the exit, unless it was moved. BlobUnavailable.
+
+    Whoever is cancelled in the first write may leave it. The next start removes it then.
+    """
+    incoming = Incoming(folder / token_hex(16), local)
     try:
-        await in_thread(create, path)
-        yield Incoming(path, local)
+        yield incoming
     finally:
-        with suppress(BlobUnavailable):  # the next start removes it
-            await in_thread(path.unlink, True)
+        if incoming.begun and not incoming.moved:
+            with suppress(BlobUnavailable):  # the next start removes it
+                await in_thread(incoming.path.unlink, True)
 
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -134,13 +140,13 @@ def remove_leftovers(folder: Path, spare: float) -> None:
                 leftover.unlink()
 
 
-def create(path: Path) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+def create(path: Path, data: bytes) -> None:
+    append(path, data, os.O_CREAT | os.O_EXCL)
 
 
-def append(path: Path, data: bytes) -> None:
+def append(path: Path, data: bytes, flags: int = 0) -> None:
     """Without O_CREAT: a write that outlives its cancelled caller must not create the file."""
-    with opened(path, os.O_WRONLY | os.O_APPEND) as descriptor:
+    with opened(path, os.O_WRONLY | os.O_APPEND | flags) as descriptor:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
@@ -153,7 +159,7 @@ def sync_data(path: Path) -> None:
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, 0o644)
     try:
         yield descriptor
     finally:

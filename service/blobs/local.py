@@ -55,6 +55,7 @@ class LocalBlobs:
 
     async def put(self, incoming: Incoming, name: str, media_type: str) -> None:
         await in_thread(keep, incoming.path, self._path(name), self.root)
+        incoming.moved = True
 
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         path = self._path(name)

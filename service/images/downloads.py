@@ -15,7 +15,7 @@ from service.ops.tracing import NO_ORIGIN, Origin
 from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.results import finish_if_done
-from service.tasks.rows import ImageRow, TaskRow, counts, image_rows, select_images
+from service.tasks.rows import IMAGE_COLUMNS, ImageRow, TaskRow, counts, image_rows, select_images
 from service.tasks.transitions import ask, change, lock
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
@@ -97,12 +97,23 @@ def image_row(connection: Connection, image_id: str) -> ImageRow | None:
     return next(iter(image_rows(connection, select_images(images.c.id == image_id))), None)
 
 
+_WITH_ORIGIN = (
+    select(*IMAGE_COLUMNS, *outbox.ORIGIN)
+    .outerjoin_from(images, task_table, task_table.c.id == images.c.task_id)
+    .where(images.c.id.in_(bindparam("ids", expanding=True)))
+)
+
+
+def images_and_origins(
+    connection: Connection, ids: Sequence[str]
+) -> dict[str, tuple[ImageRow, Origin]]:
+    """Images by their ids, each with the origin of its task."""
+    count, rows = len(IMAGE_COLUMNS), connection.execute(_WITH_ORIGIN, {"ids": ids})
+    return {row.id: (ImageRow(*row[:count]), Origin(*row[count:])) for row in rows}
+
+
 def image_and_origin(connection: Connection, image_id: str) -> tuple[ImageRow | None, Origin]:
-    """An image, and the origin of its task."""
-    row = image_row(connection, image_id)
-    mine = task_table.c.id == (row.task_id if row else None)
-    origin = connection.execute(select(*outbox.ORIGIN).where(mine)).first()
-    return row, Origin(*origin) if origin else NO_ORIGIN
+    return images_and_origins(connection, [image_id]).get(image_id, (None, NO_ORIGIN))
 
 
 def quarantined_bodies(connection: Connection, task_id: str) -> list[JSON]:

@@ -10,10 +10,18 @@ from service.db.transaction import Lease
 from service.errors import StoreUnavailable
 from service.fair_places import has_share
 from service.queue.crashes import DeadLetter
+from service.queue.leases import Rows
 from service.queue.owner_shares import REST
 
 log = structlog.get_logger()
 
+# What the log names the key of a row.
+KEYS = {
+    **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
+    "download": "image_id",
+    **dict.fromkeys(("deliver", "redeliver"), "delivery_id"),
+    "replay": "replay_id",
+}
 # The operator's remedy for a row that left the queue of a stage for good.
 QUERY = "mend the cause, then POST /v1/tasks/{task_id}/reconcile asks the upstream again"
 RETRY = "mend the cause, then POST /v1/deliveries/{delivery_id}/retry sends it again"
@@ -32,7 +40,7 @@ ADVICE = {
 @dataclass(slots=True)
 class Stage:
     """One kind of work: `run` works under a lease and records the outcome. `shared`: owners take
-    its slots in fair shares.
+    its slots in fair shares. `rows` reads what the leases of a claim need.
     """
 
     name: str
@@ -40,6 +48,7 @@ class Stage:
     run: Callable[[Lease], Awaitable[None]]
     dead_letter: DeadLetter
     shared: bool = False
+    rows: Rows | None = None
     free: int = field(init=False)
     used: Counter[str] = field(default_factory=Counter)  # slots, by owner
 

@@ -23,20 +23,14 @@ from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
-from service.queue.leases import RENEW_S, claim, give_back, renew, snooze
+from service.queue.leases import RENEW_S, claim, claim_with_rows, give_back, renew, snooze
 from service.queue.outlook import outlook
-from service.queue.stage import Stage, log_failure, log_parked
+from service.queue.stage import KEYS, Stage, log_failure, log_parked
 
 LOOK_S = 0.5  # how long work of this process may wait without a hint
 QUIET = 4  # looks that a pool leaves out while nothing is due
 RETURNED = 10_000  # rows whose returns the pool remembers
 ALONE_S = 15.0  # a poison candidate waits so long for other jobs, and then runs alone for so long
-KEYS = {
-    **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
-    "download": "image_id",
-    **dict.fromkeys(("deliver", "redeliver"), "delivery_id"),
-    "replay": "replay_id",
-}
 
 
 class WorkerPool:
@@ -66,6 +60,7 @@ class WorkerPool:
         self._wake = asyncio.Event()
         self._look_at = 0.0  # by the loop's clock
         self._away = False  # the store is unavailable, and the log says so
+        self._bare = set[str]()  # stages whose latest claim with rows failed
         self._returned: Counter[str] = Counter()  # by row, since its last finished run
         self.alive = False
 
@@ -133,7 +128,7 @@ class WorkerPool:
             clock = asyncio.get_running_loop().time
             names = [name for name in self._backlog if self._stages[name].free]
             self._backlog -= set(names)  # the claim adds a stage again if it has more
-            await asyncio.gather(*(self._store.write(claim, name) for name in names))
+            await asyncio.gather(*(self._claim_stage(self._stages[name]) for name in names))
             candidates = await self._look() if clock() >= self._look_at else frozenset()
             for name, stage in self._stages.items():
                 if name in candidates and stage.free:
@@ -147,6 +142,15 @@ class WorkerPool:
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
             self._look_at = 0.0
+
+    async def _claim_stage(self, stage: Stage) -> None:
+        """After a failure without rows: one that cannot be read then fails the job of its lease."""
+        if stage.rows is None or stage.name in self._bare:
+            await self._store.write(claim, stage.name)
+        else:
+            self._bare.add(stage.name)
+            await self._store.write(claim_with_rows, (stage.name, stage.rows))
+        self._bare.discard(stage.name)
 
     async def _look(self) -> frozenset[str]:
         """Adds the stages with due rows to the backlog, and plans the next look. Returns the stages

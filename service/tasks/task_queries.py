@@ -1,6 +1,6 @@
 """Queries about tasks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -47,6 +47,13 @@ def task_row(connection: Connection, task_id: str, owner: str | None) -> TaskRow
     statement = _one(ours=task_id.startswith(PREFIXES["task"]), owned=owner is not None)
     given = {"task_id": task_id, "owner": owner}
     return next(iter(task_rows(connection, statement, given)), None)
+
+
+_BY_ID = select_tasks(tasks.c.id.in_(bindparam("ids", expanding=True)))
+
+
+def tasks_by_id(connection: Connection, ids: Sequence[str]) -> dict[str, TaskRow]:
+    return {row.id: row for row in task_rows(connection, _BY_ID, {"ids": ids})}
 
 
 @cache

@@ -89,6 +89,7 @@ async def test_a_writer_whose_temporary_file_was_removed_may_retry(tmp_path: Pat
     """Another process removed the file. Each further call of the writer raises BlobUnavailable."""
     blobs = await LocalBlobs.open(tmp_path)
     async with blobs.incoming() as incoming:
+        await incoming.write(b"x")
         await LocalBlobs.open(tmp_path)
         with pytest.raises(BlobUnavailable):
             await incoming.write(b"x")

@@ -1,19 +1,22 @@
 """Leases and fences: which worker has which row, and until when (docs/concepts.md)."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from service.db.queues import QUEUES
 from service.db.tables import deliveries, tasks
 from service.db.transaction import Transaction
+from service.events.deliveries import delivery_to_send, unordered
+from service.images.downloads import image_and_origin, images_and_origins
 from service.queue import leases
 from service.queue.outlook import outlook
 from service.tasks.accept import insert_tasks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
+from service.tasks.task_queries import task_row, tasks_by_id
 from tests.contract.subject import (
     HOUR,
     LEASE,
@@ -29,6 +32,24 @@ from tests.contract.subject import (
 )
 
 URL = "https://r.test/0"
+Read = Callable[[Subject, str], Awaitable[object]]
+
+
+def reading(query: Callable[..., object], *more: object) -> Read:
+    async def read(subject: Subject, key: str) -> object:
+        return await subject.store.read(query, key, *more)
+
+    return read
+
+
+# What a claim of a stage reads, and what its job reads without it.
+READERS: dict[str, tuple[leases.Rows, Read]] = {
+    "submit": (tasks_by_id, reading(task_row, None)),
+    "settle": (tasks_by_id, reading(task_row, None)),
+    "download": (images_and_origins, reading(image_and_origin)),
+    "deliver": (unordered, reading(delivery_to_send)),
+    "redeliver": (unordered, reading(delivery_to_send)),
+}
 
 
 async def one_due(subject: Subject, stage: str) -> str:
@@ -126,6 +147,44 @@ async def test_a_claim_takes_due_rows_up_to_the_free_places(subject: Subject) ->
         keys[4:],
     ]
     assert await subject.claim("submit", 9) == []
+
+
+@pytest.mark.parametrize("stage", ["submit", "settle", "download", "deliver", "redeliver"])
+async def test_a_claim_gives_the_rows_that_its_jobs_would_read(
+    subject: Subject, stage: str
+) -> None:
+    """Each lease has the row that the job of that stage reads when it has none."""
+    keys = {await one_due(subject, stage) for _ in range(2)}
+    rows, read = READERS[stage]
+    subject.places.new_leases()
+    subject.places.free = {stage: 10}
+    assert await subject.write(leases.claim_with_rows, (stage, rows)) >= 2
+    given = {lease.key: lease.row for lease in subject.places.new_leases()}
+    assert keys <= given.keys()
+    for key in keys:
+        assert given[key] is not None
+        assert given[key] == await read(subject, key)
+
+
+async def test_a_claim_gives_no_row_of_an_ordered_delivery(subject: Subject) -> None:
+    """Whether it may be sent shows at its attempt: the one in front of it may end before."""
+
+    def order(tx: Transaction, ids: Sequence[str]) -> list[None]:
+        mine = update(deliveries).where(deliveries.c.id.in_(ids))
+        tx.connection.execute(mine.values(order_key="a"))
+        return [None] * len(ids)
+
+    await subject.endpoint()
+    for _ in range(2):
+        await subject.submitted()
+    ordered, free = await subject.rows(deliveries)
+    await subject.write(order, ordered["id"])
+    subject.places.new_leases()
+    subject.places.free = {"deliver": 10}
+    await subject.write(leases.claim_with_rows, ("deliver", unordered))
+    given = {lease.key: lease.row for lease in subject.places.new_leases()}
+    assert given[ordered["id"]] is None
+    assert given[free["id"]] is not None
 
 
 async def test_a_claim_returns_how_many_rows_it_got(subject: Subject) -> None:

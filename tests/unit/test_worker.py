@@ -78,10 +78,11 @@ class Harness:
         run: Callable[[Lease], Awaitable[None]],
         places: int = 2,
         turn: Callable[[], Awaitable[None]] = at_once,
+        rows: leases.Rows | None = None,
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(
             self.store,
-            [Stage("submit", places, run, dead_letter_task)],
+            [Stage("submit", places, run, dead_letter_task, rows=rows)],
             self.metrics,
             self.transactions.append,
             turn,
@@ -387,6 +388,45 @@ async def test_claiming_survives_every_failure_of_the_store(
     assert {line["exc_info"] for line in logged} == {
         None if isinstance(trouble, StoreUnavailable) else trouble
     }
+
+
+async def test_rows_that_a_claim_cannot_read_are_claimed_without(harness: Harness) -> None:
+    """The failure is logged and counted. The job of each lease then reads its own row."""
+
+    def unreadable(*_: object) -> dict[str, object]:
+        raise ValueError("a row of these is damaged")
+
+    given: list[object] = []
+
+    async def run(lease: Lease) -> None:
+        given.append(lease.row)
+        await harness.store.write(leases.done, lease)
+
+    await harness.queue("task_a", "task_b")
+    async with harness.working(run, rows=unreadable):
+        await wait_until(lambda: given == [None, None])
+    assert harness.counted("claim") == 1
+
+
+async def test_a_claim_gives_each_job_its_row(harness: Harness) -> None:
+    """One call reads the rows of all leases of the claim."""
+    asked: list[list[str]] = []
+
+    def rows(_: Connection, keys: Sequence[str]) -> dict[str, object]:
+        asked.append(sorted(keys))
+        return {key: f"row of {key}" for key in keys}
+
+    given: list[object] = []
+
+    async def run(lease: Lease) -> None:
+        given.append(lease.row)
+        await harness.store.write(leases.done, lease)
+
+    await harness.queue("task_a", "task_b")
+    async with harness.working(run, rows=rows):
+        await wait_until(lambda: len(given) == 2)
+    assert asked == [["task_a", "task_b"]]
+    assert sorted(map(str, given)) == ["row of task_a", "row of task_b"]
 
 
 async def test_a_stop_waits_for_jobs_in_progress(harness: Harness) -> None:
