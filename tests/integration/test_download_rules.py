@@ -295,6 +295,11 @@ async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None
         tasks = [await made(here, upstream, link(here, "oldest"))]
         await wait_until(lambda: upstream.asked["oldest"])  # it holds the slot until `begin`
         tasks += [await made(here, upstream, link(here, name)) for name in ("gate", *names)]
+
+        async def due() -> bool:  # a new image would take a slot that is just free
+            return {(await here.task(each["id"]))["state"] for each in tasks} == {"storing"}
+
+        await wait_until(due)
         begin.set()
         await wait_until(lambda: upstream.asked["gate"])
         again = clock() + 1.3
