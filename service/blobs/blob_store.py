@@ -110,7 +110,7 @@ def check_name(name: str) -> str:
 async def incoming_in(folder: Path, *, local: bool = False) -> AsyncIterator[Incoming]:
     """A new file in the folder. It is removed at the exit, unless it was moved. BlobUnavailable.
 
-    Whoever is cancelled in the first write may leave it. The next start removes it then.
+    A cancellation during the first write may leave the file. The next start removes it.
     """
     incoming = Incoming(folder / token_hex(16), local)
     try:

@@ -115,11 +115,12 @@ async def measured(folder: Path, attackers: int, rounds: int) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m tests.bench.silent_endpoints")
     options.add_argument("--rounds", type=int, default=ROUNDS)
+    options.add_argument("--owners", type=int, nargs="+", default=[1, 10])
     asked = options.parse_args()
     logging.configure("json", "error")
     print("| p99 from event to arrival, ms | beside them | without them | factor |")
     print("|---|---|---|---|")
-    for attackers in (1, 10):
+    for attackers in asked.owners:
         with tempfile.TemporaryDirectory(prefix="data-bench-", dir=ROOT) as folder:
             print(asyncio.run(measured(Path(folder), attackers, asked.rounds)))
 

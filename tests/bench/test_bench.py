@@ -75,10 +75,15 @@ def test_the_benchmark_of_deliveries_fills_its_table(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_the_benchmark_of_attacks_runs() -> None:
-    """The table has a row for each attack."""
+    """Each attack has a row. So has each number of owners with silent endpoints."""
+    figures = r"\|( \d+\.\d \|){3}$"
     done = run_module("tests.bench.attacks", "--rounds", "1", "--only", "documents", limit_s=280)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^\| documents \|( \d+\.\d \|){3}$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^\| documents {figures}", done.stdout, re.MULTILINE)
+    arguments = ("--rounds", "1", "--owners", "10")
+    done = run_module("tests.bench.silent_endpoints", *arguments, limit_s=280)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^\| 1000 [^|]* 10 owners {figures}", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.timeout(300)

