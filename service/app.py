@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from service.backends import DELIVERIES, REDELIVERIES, open_resources, open_sinks
 from service.errors import ConfigurationError
 from service.events.broker_worker import BrokerWorker
-from service.events.deliveries import dead_letter_delivery, unordered
+from service.events.deliveries import dead_letter_delivery
 from service.events.delivery_worker import DeliveryWorker
 from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
@@ -113,12 +113,12 @@ def stages(
     )
     calls, downloads = settings.evolink_concurrency, settings.download_concurrency
     return [
-        Stage("submit", calls, submitter.run, dead_letter_task, rows=tasks_by_id),
+        Stage("submit", calls, submitter.run, dead_letter_task),
         Stage("settle", calls, settler.run, dead_letter_task, rows=tasks_by_id),
         Stage("reconcile", calls, settler.run, dead_letter_task),
         Stage("download", downloads, downloader.run, dead_letter_image, rows=images_and_origins),
-        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, True, unordered),
-        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, True, unordered),
+        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
+        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
         Stage("replay", REPLAYS, ReplayWorker(resources).run, dead_letter_replay),
     ]
 

@@ -18,7 +18,8 @@ Result = TypeVar("Result")
 class Lease:
     """The right to work on one row until the lease ends. A finish with an old `fence` changes
     nothing. `owner`: the row's, whose share of the slots the lease takes up. `row`: the record as
-    the transaction that leased it left it, which saves the worker a read. None: a claim leased it.
+    the transaction that leased it left it, which saves the worker a read. None: the transaction
+    did not read it.
     """
 
     stage: str

@@ -34,39 +34,20 @@ _DELIVERY_TO_SEND = (
         .outerjoin(tasks, tasks.c.id == deliveries.c.task_id)
         .outerjoin(owners, and_(_to_callback, owners.c.name == deliveries.c.owner))
     )
-    .where(deliveries.c.id.in_(bindparam("ids", expanding=True)))
+    .where(deliveries.c.id == bindparam("delivery_id"))
 )
-_EVENTS = select(events).where(events.c.id.in_(bindparam("ids", expanding=True)))
 
 
 def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend | None:
-    rows = _to_send(connection, [delivery_id])
-    return next((_made(connection, row, event) for row, event in rows), None)
-
-
-def unordered(connection: Connection, ids: Sequence[str]) -> dict[str, DeliveryToSend]:
-    """These deliveries without the ordered ones: whether an ordered one may be sent shows only at
-    the moment of its attempt.
-    """
-    rows = _to_send(connection, ids)
-    return {
-        row["id"]: _made(connection, row, event) for row, event in rows if row["order_key"] is None
-    }
-
-
-def _to_send(connection: Connection, ids: Sequence[str]) -> list[tuple[Row, Row | None]]:
-    """Rows of these deliveries, each with its event."""
-    rows = connection.execute(_DELIVERY_TO_SEND, {"ids": ids}).mappings().all()
-    wanted = {"ids": sorted({row["event_id"] for row in rows})}
-    found = {row["id"]: row for row in connection.execute(_EVENTS, wanted).mappings()}
-    return [(row, found.get(row["event_id"])) for row in rows]
-
-
-def _made(connection: Connection, row: Row, event: Row | None) -> DeliveryToSend:
+    row = connection.execute(_DELIVERY_TO_SEND, {"delivery_id": delivery_id}).mappings().first()
+    if row is None:
+        return None
     values = dict(row)
+    mine = events.c.id == values.pop("event_id")
+    event = connection.execute(select(events).where(mine)).mappings().first()
     origin = Origin(*(values.pop(column.name) for column in ORIGIN))
     paced = bool(delivery_order.interval_ms(values.pop("options")))
-    del values["sequence"], values["event_id"]
+    del values["sequence"]
     behind = row["order_key"] is not None and delivery_order.is_behind(connection, row)
     return DeliveryToSend(**values, event=event, origin=origin, paced=paced, behind=behind)
 

@@ -2,13 +2,15 @@
 checks the fence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
+    Connection,
     Select,
     and_,
     bindparam,
@@ -23,6 +25,8 @@ from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction, one_by_one
 from service.queue.owner_shares import claimable, take_slot, use_slot
+
+Rows = Callable[[Connection, Sequence[str]], Mapping[str, Any]]  # what leases need, by key
 
 LEASE_MS = 30_000
 RENEW_S = 10.0
@@ -112,7 +116,23 @@ def _value(stage: str, row: object, name: str) -> Any:
 @one_by_one
 def claim(tx: Transaction, stage: str) -> int:
     """Leases due rows of a stage to this process, up to its free slots and to the shares of their
-    owners. Returns their number. Each statement passes over the owners whose share the one before
+    owners. Returns their number.
+    """
+    return _claim(tx, stage)
+
+
+@one_by_one
+def claim_with_rows(tx: Transaction, item: tuple[str, Rows]) -> int:
+    """Like `claim`, and reads the rows of all leases with one call."""
+    (stage, rows), first = item, len(tx.leased)
+    count, leases = _claim(tx, stage), tx.leased[first:]
+    found = rows(tx.connection, [lease.key for lease in leases]) if leases else {}
+    tx.leased[first:] = [replace(lease, row=found.get(lease.key)) for lease in leases]
+    return count
+
+
+def _claim(tx: Transaction, stage: str) -> int:
+    """Leases rows, statement by statement. Each passes over the owners whose share the one before
     has used up.
     """
     count = 0

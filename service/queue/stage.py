@@ -10,8 +10,8 @@ from service.db.transaction import Lease
 from service.errors import StoreUnavailable
 from service.fair_places import has_share
 from service.queue.crashes import DeadLetter
+from service.queue.leases import Rows
 from service.queue.owner_shares import REST
-from service.queue.row_reader import Rows
 
 log = structlog.get_logger()
 
@@ -40,7 +40,8 @@ ADVICE = {
 @dataclass(slots=True)
 class Stage:
     """One kind of work: `run` works under a lease and records the outcome. `shared`: owners take
-    its slots in fair shares. `rows` reads what jobs need that begin together.
+    its slots in fair shares. `rows` reads what the leases of a claim
+    need, where a job may work on a row of a quarter of a second ago.
     """
 
     name: str

@@ -13,7 +13,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from structlog.contextvars import bound_contextvars
 
@@ -24,9 +23,8 @@ from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
-from service.queue.leases import RENEW_S, claim, give_back, renew, snooze
+from service.queue.leases import RENEW_S, claim, claim_with_rows, give_back, renew, snooze
 from service.queue.outlook import outlook
-from service.queue.row_reader import RowReader
 from service.queue.stage import KEYS, Stage, log_failure, log_parked
 
 LOOK_S = 0.5  # how long work of this process may wait without a hint
@@ -51,7 +49,6 @@ class WorkerPool:
     ) -> None:
         self._store = store
         self._stages = {stage.name: stage for stage in stages}
-        self._rows = {each.name: RowReader(store, each.rows) for each in stages if each.rows}
         self._metrics = metrics
         self._tell = tell
         self._turn = turn
@@ -63,6 +60,9 @@ class WorkerPool:
         self._wake = asyncio.Event()
         self._look_at = 0.0  # by the loop's clock
         self._away = False  # the store is unavailable, and the log says so
+        # Stages whose next claim reads no rows. The first claim reads none: a row whose reading kills
+        # the process is a crash only under a lease.
+        self._bare = {stage.name for stage in stages if stage.rows}
         self._returned: Counter[str] = Counter()  # by row, since its last finished run
         self.alive = False
 
@@ -130,7 +130,7 @@ class WorkerPool:
             clock = asyncio.get_running_loop().time
             names = [name for name in self._backlog if self._stages[name].free]
             self._backlog -= set(names)  # the claim adds a stage again if it has more
-            await asyncio.gather(*(self._store.write(claim, name) for name in names))
+            await asyncio.gather(*(self._claim_stage(self._stages[name]) for name in names))
             candidates = await self._look() if clock() >= self._look_at else frozenset()
             for name, stage in self._stages.items():
                 if name in candidates and stage.free:
@@ -144,6 +144,15 @@ class WorkerPool:
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
             self._look_at = 0.0
+
+    async def _claim_stage(self, stage: Stage) -> None:
+        """After a failure without rows: the one that cannot be read then fails its own job."""
+        if stage.rows is None or stage.name in self._bare:
+            await self._store.write(claim, stage.name)
+        else:
+            self._bare.add(stage.name)
+            await self._store.write(claim_with_rows, (stage.name, stage.rows))
+        self._bare.discard(stage.name)
 
     async def _look(self) -> frozenset[str]:
         """Adds the stages with due rows to the backlog, and plans the next look. Returns the stages
@@ -206,7 +215,7 @@ class WorkerPool:
                     if self._stopping:
                         await self._store.write(give_back, lease)
                     else:
-                        await stage.run(await self._with_row(lease))
+                        await stage.run(lease)
                         self._returned.pop(lease.key, None)
                 except Exception as error:  # noqa: BLE001 - logged, counted, tried again
                     await self._fail(stage, lease, error)
@@ -216,11 +225,6 @@ class WorkerPool:
                 self._backlog.add(stage.name)
             if stage.name in self._backlog:
                 self._wake.set()
-
-    async def _with_row(self, lease: Lease) -> Lease:
-        if lease.row is not None or (reader := self._rows.get(lease.stage)) is None:
-            return lease
-        return replace(lease, row=await reader.read(lease.key))
 
     async def _fail(self, stage: Stage, lease: Lease, error: Exception) -> None:
         wait = fault_wait(lease.attempts)

@@ -4,16 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import text
 
 from service.db.queues import QUEUES
 from service.db.tables import deliveries, tasks
 from service.db.transaction import Transaction
-from service.events.deliveries import delivery_to_send, unordered
 from service.images.downloads import image_and_origin, images_and_origins
 from service.queue import leases
 from service.queue.outlook import outlook
-from service.queue.row_reader import Rows
 from service.tasks.accept import insert_tasks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
@@ -43,13 +41,10 @@ def reading(query: Callable[..., object], *more: object) -> Read:
     return read
 
 
-# What jobs that begin together read, and what each reads alone.
-READERS: dict[str, tuple[Rows, Read]] = {
-    "submit": (tasks_by_id, reading(task_row, None)),
+# What a claim of a stage reads, and what its job reads without it.
+READERS: dict[str, tuple[leases.Rows, Read]] = {
     "settle": (tasks_by_id, reading(task_row, None)),
     "download": (images_and_origins, reading(image_and_origin)),
-    "deliver": (unordered, reading(delivery_to_send)),
-    "redeliver": (unordered, reading(delivery_to_send)),
 }
 
 
@@ -151,31 +146,19 @@ async def test_a_claim_takes_due_rows_up_to_the_free_places(subject: Subject) ->
 
 
 @pytest.mark.parametrize("stage", READERS)
-async def test_jobs_that_begin_together_get_the_rows_that_each_would_read(
+async def test_a_claim_gives_the_rows_that_its_jobs_would_read(
     subject: Subject, stage: str
 ) -> None:
     rows, read = READERS[stage]
-    keys = sorted({await one_due(subject, stage) for _ in range(2)})
-    given = await subject.store.read(rows, [*keys, "nothing"])
-    assert sorted(given) == keys
+    keys = {await one_due(subject, stage) for _ in range(2)}
+    subject.places.new_leases()
+    subject.places.free = {stage: 10}
+    assert await subject.write(leases.claim_with_rows, (stage, rows)) == 2
+    given = {lease.key: lease.row for lease in subject.places.new_leases()}
+    assert given.keys() == keys
     for key in keys:
+        assert given[key] is not None
         assert given[key] == await read(subject, key)
-
-
-async def test_an_ordered_delivery_is_not_read_together_with_others(subject: Subject) -> None:
-    """Whether it may be sent shows at its attempt: the one in front of it may end before."""
-
-    def order(tx: Transaction, ids: Sequence[str]) -> list[None]:
-        mine = update(deliveries).where(deliveries.c.id.in_(ids))
-        tx.connection.execute(mine.values(order_key="a"))
-        return [None] * len(ids)
-
-    await subject.endpoint()
-    for _ in range(2):
-        await subject.submitted()
-    ordered, free = await subject.rows(deliveries)
-    await subject.write(order, ordered["id"])
-    assert list(await subject.store.read(unordered, [ordered["id"], free["id"]])) == [free["id"]]
 
 
 async def test_a_claim_returns_how_many_rows_it_got(subject: Subject) -> None:

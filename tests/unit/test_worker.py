@@ -24,7 +24,6 @@ from service.queue import leases, worker
 from service.queue.crashes import CRASH_LIMIT
 from service.queue.leases import LEASE_MS
 from service.queue.outlook import Outlook
-from service.queue.row_reader import Rows
 from service.queue.stage import Stage
 from service.queue.worker import WorkerPool
 from service.resources import new_id
@@ -79,7 +78,7 @@ class Harness:
         run: Callable[[Lease], Awaitable[None]],
         places: int = 2,
         turn: Callable[[], Awaitable[None]] = at_once,
-        rows: Rows | None = None,
+        rows: leases.Rows | None = None,
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(
             self.store,
@@ -391,7 +390,7 @@ async def test_claiming_survives_every_failure_of_the_store(
     }
 
 
-def by_key(asked: list[list[str]]) -> Rows:
+def by_key(asked: list[list[str]]) -> leases.Rows:
     def rows(_: Connection, keys: Sequence[str]) -> dict[str, object]:
         asked.append(sorted(keys))
         return {key: f"row of {key}" for key in keys}
@@ -399,49 +398,45 @@ def by_key(asked: list[list[str]]) -> Rows:
     return rows
 
 
-async def test_one_call_reads_the_rows_of_jobs_that_begin_together(harness: Harness) -> None:
-    """It comes when the jobs may start: a row that changes before is read as it is then."""
-    asked, given, gate = list[list[str]](), list[object](), asyncio.Event()
-
+def noting(store: SqliteStore, given: list[object]) -> Callable[[Lease], Awaitable[None]]:
     async def run(lease: Lease) -> None:
         given.append(lease.row)
-        await harness.store.write(leases.done, lease)
+        await store.write(leases.done, lease)
 
-    async def turn() -> None:
-        turns.append(None)
-        await gate.wait()
-
-    turns: list[None] = []
-    await harness.queue("task_a", "task_b")
-    async with harness.working(run, turn=turn, rows=by_key(asked)):
-        await wait_until(lambda: len(turns) == 2)
-        assert asked == []
-        gate.set()
-        await wait_until(lambda: len(given) == 2)
-    assert asked == [["task_a", "task_b"]]
-    assert sorted(map(str, given)) == ["row of task_a", "row of task_b"]
+    return run
 
 
-async def test_rows_that_cannot_be_read_are_left_to_their_jobs(harness: Harness) -> None:
-    """A job that reads its row alone fails alone. The next jobs get their rows again."""
-    given, asked = list[object](), list[list[str]]()
+async def test_a_claim_gives_its_jobs_their_rows(harness: Harness) -> None:
+    """One call reads them. The first claim of a process reads none: rows whose reading killed the
+    process before count as crashes only under a lease.
+    """
+    asked, given = list[list[str]](), list[object]()
+    await harness.queue("task_a", "task_b", "task_c", "task_d")
+    run = noting(harness.store, given)
+    async with harness.working(run, rows=by_key(asked)):
+        await wait_until(lambda: len(given) == 4)
+    assert given[:2] == [None, None]
+    assert sorted(map(str, given[2:])) == ["row of task_c", "row of task_d"]
+    assert sorted(key for keys in asked for key in keys) == ["task_c", "task_d"]
+
+
+async def test_rows_that_a_claim_cannot_read_are_claimed_without(harness: Harness) -> None:
+    """The failure is logged and counted. The job of a row that cannot be read fails alone, and
+    later claims read rows again.
+    """
+    asked, given = list[list[str]](), list[object]()
     readable = by_key(asked)
 
     def rows(connection: Connection, keys: Sequence[str]) -> Mapping[str, object]:
-        if not given:
+        if len(given) < 2:
             raise ValueError("a row of these is damaged")
         return readable(connection, keys)
 
-    async def run(lease: Lease) -> None:
-        given.append(lease.row)
-        await harness.store.write(leases.done, lease)
-
-    await harness.queue("task_a", "task_b")
-    async with harness.working(run, places=1, rows=rows):
-        await wait_until(lambda: len(given) == 2)
-    assert given[0] is None
-    assert str(given[1]).startswith("row of")
-    assert harness.counted("submit") == harness.counted("claim") == 0
+    await harness.queue("task_a", "task_b", "task_c")
+    async with harness.working(noting(harness.store, given), places=1, rows=rows):
+        await wait_until(lambda: len(given) == 3)
+    assert given == [None, None, "row of task_c"]
+    assert harness.counted("claim") == 1
 
 
 async def test_a_stop_waits_for_jobs_in_progress(harness: Harness) -> None:
