@@ -60,8 +60,8 @@ class WorkerPool:
         self._wake = asyncio.Event()
         self._look_at = 0.0  # by the loop's clock
         self._away = False  # the store is unavailable, and the log says so
-        # Stages whose next claim reads no rows. The first claim reads none: a row whose reading kills
-        # the process is a crash only under a lease.
+        # Stages whose next claim reads no rows, as the first does: a row whose reading kills the
+        # process is a crash only under a lease.
         self._bare = {stage.name for stage in stages if stage.rows}
         self._returned: Counter[str] = Counter()  # by row, since its last finished run
         self.alive = False
