@@ -217,7 +217,7 @@ def make_context(
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics, settings.key_waits),
         readiness=RecentLook(),
-        inbox=InboxWorker(resources, settings.evolink_result_ttl_s, gate.wait),
+        inbox=InboxWorker(resources, settings.evolink_result_ttl_s),
         max_endpoints=settings.max_endpoints,
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),

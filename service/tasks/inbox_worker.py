@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -107,14 +107,10 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
 
 @dataclass(slots=True)
 class InboxWorker:
-    """Accepts callbacks in a process that serves, and judges them in a process with workers.
-
-    `turn` waits until a look at the inbox may start.
-    """
+    """Accepts callbacks in a process that serves, and judges them in a process with workers."""
 
     resources: Resources
     result_ttl_s: float
-    turn: Callable[[], Awaitable[None]]
     # Tasks whose rows could not be judged: the failures, and when the next try is due.
     _held: dict[str, tuple[int, float]] = field(default_factory=dict)
     _recent: Counter[str] = field(default_factory=Counter)
@@ -176,7 +172,6 @@ class InboxWorker:
         """Judges all rows, except those of tasks that are held back. False: the store failed."""
         clock = asyncio.get_running_loop().time
         while True:
-            await self.turn()
             held = [task_id for task_id, (_, until) in self._held.items() if until > clock()]
             try:
                 ids = await self.resources.store.read(waiting_tasks, held)

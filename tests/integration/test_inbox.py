@@ -16,8 +16,7 @@ from service.db.inbox_table import inbox
 from service.db.postgres import PostgresStore
 from service.tasks import inbox_worker
 from service.tasks.callbacks import KEPT
-from service.tasks.inbox_worker import insert_callbacks, waiting_tasks
-from service.web import overload
+from service.tasks.inbox_worker import insert_callbacks
 from tests.callbacks import counted, heard, said, verdict
 from tests.upstream import Upstream, failed
 from tests.waiting import wait_until
@@ -98,37 +97,6 @@ async def test_a_flood_for_one_task_without_a_worker_stays_within_bounds(tmp_pat
         assert [row["task_id"] for row in await rows(here)] == [other["id"], flooded["id"]]
         kept = await heard(here, flooded)
         assert (len(kept), sum(count for _, _, count in kept)) == (KEPT, 3 * KEPT)
-
-
-async def test_a_look_waits_while_another_callback_is_in_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Callbacks go before their verdicts. After the longest wait the worker looks all the same."""
-    monkeypatch.setattr(overload, "WORKER_WAIT_S", 3600)
-    upstream, looks = Upstream(), 0
-
-    def counted_look(connection: Connection, held: Collection[str]) -> list[str]:
-        nonlocal looks
-        looks += 1
-        return waiting_tasks(connection, held)
-
-    async with world(tmp_path, upstream=upstream.app, reconcile_after_s=600) as here:
-        task = await here.submit()
-        monkeypatch.setattr(inbox_worker, "waiting_tasks", counted_look)
-        gate = here.context.gate
-        with gate.callback():
-            await sent(here, task["id"], said(task, "processing"))
-            await wait_until(lambda: gate._idle._waiters)
-            assert (looks, len(await rows(here))) == (0, 1)
-        await wait_until(lambda: looks)
-        monkeypatch.setattr(overload, "WORKER_WAIT_S", 0.01)
-        with gate.callback():
-            await sent(here, task["id"], said(task, "pending"))
-
-            async def judged() -> bool:
-                return await rows(here) == []
-
-            await wait_until(judged)
 
 
 async def test_a_row_that_cannot_be_judged_holds_up_no_other(
