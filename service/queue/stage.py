@@ -40,8 +40,8 @@ ADVICE = {
 @dataclass(slots=True)
 class Stage:
     """One kind of work: `run` works under a lease and records the outcome. `shared`: owners take
-    its slots in fair shares. `rows` reads what the leases of a claim
-    need, where a job may work on a row of a quarter of a second ago.
+    its slots in fair shares. `rows` reads what the leases of a claim need, where a job may work on
+    a row of a quarter of a second ago.
     """
 
     name: str
