@@ -146,7 +146,7 @@ class WorkerPool:
             self._look_at = 0.0
 
     async def _claim_stage(self, stage: Stage) -> None:
-        """After a failure without rows: the one that cannot be read then fails its own job."""
+        """Reads no rows after a failure, so that only the job of an unreadable row fails."""
         if stage.rows is None or stage.name in self._bare:
             await self._store.write(claim, stage.name)
         else:

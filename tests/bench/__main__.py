@@ -53,6 +53,12 @@ def written(page: str, table: str, mark: str = "bench") -> str:
     return f"{before}{start}\n{table}\n{end}{after}"
 
 
+def put(text: str, mark: str = "bench", page: str = "benchmarks.md") -> None:
+    """Writes the text between the markers of that name in a page of `docs`."""
+    path = ROOT / "docs" / page
+    path.write_text(written(path.read_text("utf-8"), text, mark), "utf-8")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(
         prog="python -m tests.bench", description="Measure, and print a table."
@@ -75,8 +81,7 @@ def main() -> None:
     table = "\n\n".join(parts)
     print(table)
     if asked.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), table), "utf-8")
+        put(table)
 
 
 if __name__ == "__main__":

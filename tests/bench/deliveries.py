@@ -38,7 +38,7 @@ from service.tasks.accept import insert_tasks
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.tasks.transitions import end
-from tests.bench.__main__ import machine, written
+from tests.bench.__main__ import machine, put
 from tests.bench.acknowledgement import SECRET_KEY, spread, waiting
 from tests.bench.processes import MEASURED, MEASURING, RUN_S, pinned, server
 from tests.environment import ROOT, clean_environment
@@ -181,8 +181,7 @@ def main() -> None:
         text = f"{textwrap.fill(about, 100)}\n\n{deliveries(Path(name), rounds, total)}"
     print(text)
     if asked.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), text, "deliveries"), "utf-8")
+        put(text, "deliveries")
 
 
 if __name__ == "__main__":

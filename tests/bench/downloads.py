@@ -1,6 +1,6 @@
 """Downloads beside `curl`: `python -m tests.bench.downloads`.
 
-An upstream answers submissions at once and calls nobody back. Then all callbacks come together, and
+An upstream answers submissions at once and sends no callback. The bench sends all callbacks, and
 Darkroom fetches, decodes, syncs and records the pictures. `curl --parallel` fetches the same files
 from the same process, and then each file is synced. Both take turns, each time in an empty folder.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from tests.bench.__main__ import machine, written
+from tests.bench.__main__ import machine, put
 from tests.bench.acknowledgement import spread
 from tests.bench.memory import resident_mib
 from tests.bench.peers.contenders import CONTENDERS, Running, running
@@ -152,8 +152,7 @@ def main() -> None:
         text = f"{about}\n\n{downloads(Path(name), count, rounds)}"
     print(text)
     if asked.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), text, "downloads"), "utf-8")
+        put(text, "downloads")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
-    """Seconds of CPU of a process, and of its children, also of those that have ended."""
+    """CPU seconds of a process, and the sum for its children, ended ones included."""
     fields = stat(pid)
     ticks = sum(fields[12:14])
     for child in children(pid):

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from tests.bench.__main__ import written
+from tests.bench.__main__ import put
 from tests.bench.acknowledgement import SECRET_KEY, spread
 from tests.bench.load import percentile
 from tests.bench.peers.contenders import CONTENDERS
@@ -97,8 +97,7 @@ def main() -> None:
     text = f"{textwrap.fill(about, 100)}\n\n{table(results, scale)}"
     print(text)
     if asked.write:
-        page = ROOT / "docs" / "scaling.md"
-        page.write_text(written(page.read_text("utf-8"), text, "scaling"), "utf-8")
+        put(text, "scaling", "scaling.md")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.bench.__main__ import FULL, QUICK, machine, written
+from tests.bench.__main__ import FULL, QUICK, machine, put
 from tests.bench.acknowledgement import Scale, spread
 from tests.bench.processes import MEASURED, MEASURING, measure, server
 from tests.environment import ROOT
@@ -126,8 +126,7 @@ def main() -> None:
     text = f"{textwrap.fill(about, 100)}\n\n{table(runs, scale.connections)}"
     print(text)
     if asked.write:
-        page = ROOT / "docs" / "benchmarks.md"
-        page.write_text(written(page.read_text("utf-8"), text, "submissions"), "utf-8")
+        put(text, "submissions")
 
 
 if __name__ == "__main__":

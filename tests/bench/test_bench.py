@@ -230,7 +230,7 @@ def test_a_single_round_has_no_range() -> None:
 def test_a_row_that_the_machine_cannot_have_is_left_out_with_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The line names the command that installs what is missing."""
+    """The line names the command that installs the missing server or compiler."""
     monkeypatch.setattr(acknowledgement, "postgres_binaries", lambda: None)
     monkeypatch.setenv("PATH", "")
     assert lacking() == LACKING

@@ -179,7 +179,7 @@ class Life:
         return task
 
     async def called_back(self, upstream: httpx.AsyncClient, task: JSON) -> bool:
-        """Whether the service has answered the last callback, and judged each one that it kept."""
+        """Whether the service answered the last callback and judged every callback that it kept."""
         (source,) = await made(upstream, task)
         answers = [call["status"] for call in source["callbacks"]]
         kept = answers.count(200) + (self.case.points[0] == "inbox.committed")

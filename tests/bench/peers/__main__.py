@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.__main__ import written
+from tests.bench.__main__ import put
 from tests.bench.peers import kills, speed
 from tests.bench.peers.contenders import CONTENDERS, Contender, missing, versions
 from tests.bench.peers.kills import Storm, Verdict, killed
@@ -100,8 +100,7 @@ def main() -> None:
     def show(mark: str, table: str) -> None:
         print(f"\n{table}\n", flush=True)
         if asked.write:
-            page = ROOT / "docs" / "benchmarks.md"
-            page.write_text(written(page.read_text("utf-8"), table, mark), "utf-8")
+            put(table, mark)
 
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         folder = Path(name)

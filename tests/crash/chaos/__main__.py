@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
-from tests.bench.__main__ import written
+from tests.bench.__main__ import put
 from tests.bench.load import percentile
 from tests.crash.chaos.storm import LAYOUTS, logs, storms
 from tests.crash.chaos.verdict import Verdict, judge, seen
@@ -181,8 +181,7 @@ def main() -> None:
         raise SystemExit(f"{len(broken)} problems; logs and stores are in {folder}")
     shutil.rmtree(folder)
     if asked.write:
-        page = ROOT / "docs" / "reliability.md"
-        page.write_text(written(page.read_text("utf-8"), text, "chaos"), "utf-8")
+        put(text, "chaos", "reliability.md")
 
 
 if __name__ == "__main__":
