@@ -1,7 +1,8 @@
 """`make bench-peers`: Darkroom beside programs that do the same work on Celery, arq and DBOS.
 
-The first table compares their speed in rounds that take turns. The second kills each of them while
-it works. Every contender has both cores, which the upstream and the load share with it.
+Two tables compare their speed in rounds that take turns: one with a picture for each task, and one
+with tasks that fail. The third kills each of them while it works. Every contender has both cores,
+which the upstream and the load share with it.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tests.bench.__main__ import put
@@ -35,12 +37,13 @@ def speeds(
     contenders: Sequence[Contender], rounds: int, scale: Scale, folder: Path
 ) -> dict[Contender, list[Result]]:
     """Every second round goes through the contenders from the last to the first."""
+    folder.mkdir()
     results: dict[Contender, list[Result]] = {contender: [] for contender in contenders}
     for number in range(rounds):
         turn = contenders if number % 2 == 0 else contenders[::-1]
         for place, contender in enumerate(turn):
             with timed(f"round {number + 1}: {contender.name}"):
-                made = round_of(contender, folder / f"speed-{number}-{place}", scale)
+                made = round_of(contender, folder / f"{number}-{place}", scale)
             results[contender].append(made)
     return results
 
@@ -55,7 +58,8 @@ def storms(contenders: Sequence[Contender], storm: Storm, folder: Path) -> dict[
 
 def arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(
-        prog="python -m tests.bench.peers", description="Compare with peers, and print two tables."
+        prog="python -m tests.bench.peers",
+        description="Compare with peers, and print three tables.",
     )
     options.add_argument("--rounds", type=int, default=5, help="of speed")
     options.add_argument("--tasks", type=int, default=100, help="of one round, for each contender")
@@ -64,9 +68,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--seconds", type=float, default=20, help="in which they come")
     options.add_argument("--seed", type=int, default=1, help="of the kills; timing counts too")
     options.add_argument("--only", default=",".join(PROGRAMS), help="of these programs, by commas")
-    options.add_argument("--part", choices=["speed", "kills", "both"], default="both")
+    options.add_argument("--part", choices=["speed", "kills", "all"], default="all")
     options.add_argument("--quick", action="store_true", help="only to see that it runs")
-    options.add_argument("--write", action="store_true", help="put both into docs/benchmarks.md")
+    options.add_argument("--write", action="store_true", help="put them into docs/benchmarks.md")
     options.add_argument("--folder", type=Path, default=ROOT, help="on which disk")
     asked = options.parse_args()
     if asked.quick:
@@ -105,8 +109,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         folder = Path(name)
         if asked.part != "kills":
-            results = speeds(contenders, asked.rounds, scale, folder)
-            show("peers", f"{about(asked.rounds)}\n\n{speed.table(results, scale)}")
+            for mark, pictured in (("peers", True), ("peers-failures", False)):
+                kind = replace(scale, pictured=pictured)
+                results = speeds(contenders, asked.rounds, kind, folder / mark)
+                show(mark, f"{about(asked.rounds)}\n\n{speed.table(results, kind)}")
         if asked.part != "speed":
             verdicts = storms([each for each in contenders if each.full], storm, folder)
             show("kills", kills.table(verdicts, storm))

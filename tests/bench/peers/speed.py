@@ -17,6 +17,7 @@ import standardwebhooks
 from tests.bench.acknowledgement import spread
 from tests.bench.load import percentile
 from tests.bench.peers.contenders import Contender, Running, running
+from tests.bench.peers.upstream import document
 from tests.bench.processes import MEASURING, measure, server
 from tests.waiting import wait_until
 
@@ -26,11 +27,14 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """`steady` callbacks come at `rate` a second, then `tasks` as fast as they are acknowledged."""
+    """`steady` callbacks come at `rate` a second, then `tasks` as fast as they are acknowledged.
+    Each task has a picture, or has failed.
+    """
 
     tasks: int
     steady: int
     rate: float = 10
+    pictured: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +104,19 @@ async def one_run(
     count = scale.steady + scale.tasks
     async with httpx.AsyncClient(base_url=upstream, timeout=60, trust_env=False) as client:
         ids = await submitted(here, client, count)
-        calls = [(url, called(id, upstream)) for url, id in ids.items()]
+        calls = [(url, called(id, upstream, scale.pictured)) for url, id in ids.items()]
         sent = await steadily(client, calls[: scale.steady], scale.rate)
         await arrived(client, "events", scale.steady)
         cpu, theirs = here.cpu(), server_cpu()
         load = await asyncio.to_thread(burst, here, folder, calls[scale.steady :])
         await arrived(client, "events", count)
         cpu, theirs = here.cpu() - cpu, server_cpu() - theirs
-        picture = (await client.get("/bench/picture")).content
+        expected = []
+        if scale.pictured:
+            picture = (await client.get("/bench/picture")).content
+            expected = [hashlib.sha256(picture).hexdigest()]
         events = (await client.get("/bench/seen")).json()["events"]
-    times = checked(here, events, hashlib.sha256(picture).hexdigest())
+    times = checked(here, events, expected)
     assert times.keys() == set(ids.values()), "an event is missing"
     return Result(
         scale.tasks / (max(times.values()) - load["started"]),
@@ -119,21 +126,22 @@ async def one_run(
     )
 
 
-def called(id: str, upstream: str) -> str:
-    results = [f"{upstream}/files/{id}/0.jpeg"]
-    return json.dumps({"id": id, "status": "completed", "progress": 100, "results": results})
+def called(id: str, upstream: str, pictured: bool = True) -> str:
+    return json.dumps(document(id, f"{upstream}/", pictured))
 
 
-def checked(here: Running, events: Sequence[Any], checksum: str) -> dict[str, float]:
+def checked(here: Running, events: Sequence[Any], checksums: Sequence[str]) -> dict[str, float]:
     """When the first event of each task arrived, by the upstream's id. Every event has to have a
-    right signature, and the right checksum where the contender computes one.
+    right signature, the right type, and the right checksums where the contender computes them.
     """
     receiver, times = standardwebhooks.Webhook(here.secret), dict[str, float]()
     for at, headers, body in events:
         receiver.verify(body, headers)
-        data = json.loads(body)["data"]
+        made = json.loads(body)
+        data = made["data"]
+        assert made["type"] == f"image.task.{'completed' if checksums else 'failed'}"
         if here.contender.full:
-            assert [image["sha256"] for image in data["images"]] == [checksum]
+            assert [image["sha256"] for image in data["images"]] == checksums
         times.setdefault(data["upstream_id"], at)
     return times
 
@@ -148,7 +156,7 @@ def round_of(
 ) -> Result:
     """`server_cpu` tells the seconds of CPU of a database server so far."""
     folder.mkdir()
-    upstream = ("tests.bench.peers.upstream", "held", "0")
+    upstream = ("tests.bench.peers.upstream", "held", "0", *([] if scale.pictured else ["none"]))
     with (
         server(*upstream, folder=folder, cores=MEASURING) as address,
         running(contender, folder, address, workers, **settings) as here,
@@ -157,10 +165,10 @@ def round_of(
 
 
 def table(results: dict[Contender, list[Result]], scale: Scale) -> str:
+    calls = f"{scale.tasks} callbacks{'' if scale.pictured else ' of failed tasks'}"
     head = (
-        f"| {scale.tasks} callbacks over {CONNECTIONS} connections, and {scale.steady} at"
-        f" {scale.rate:g} a second for p50 and p99 | tasks a second | CPU a task, ms | p50 ms"
-        " | p99 ms | does not promise |"
+        f"| {calls} over {CONNECTIONS} connections, and {scale.steady} at {scale.rate:g} a second"
+        " for p50 and p99 | tasks a second | CPU a task, ms | p50 ms | p99 ms | does not promise |"
     )
     lines = [head, "|---|---|---|---|---|---|"]
     for contender, rounds in results.items():

@@ -1,5 +1,5 @@
 """The upstream and the receiver of all contenders: `python -m tests.bench.peers.upstream HELD
-ANSWER_S [PICTURE]`. PICTURE is a file, whose content is every result.
+ANSWER_S [PICTURE]`. PICTURE is a file, whose content is every result. With `none` every task fails.
 
 An upstream as documented: each submission is a new paid task, also with the idempotency key of
 another. The task exists from the moment of its request, and the answer leaves `ANSWER_S` later.
@@ -36,8 +36,17 @@ MADE_S, RETRIES_S = 0.5, (1, 2, 4)
 SIGNED = ("webhook-id", "webhook-timestamp", "webhook-signature")
 
 
+def document(id: str, base_url: str, pictured: bool) -> dict[str, Any]:
+    """A task that has ended, as callbacks and queries show it."""
+    if pictured:
+        results = [f"{base_url}files/{id}/0.jpeg"]
+        return {"id": id, "status": "completed", "progress": 100, "results": results}
+    error = {"code": "content_policy_violation", "message": "refused", "type": "task_error"}
+    return {"id": id, "status": "failed", "progress": 100, "results": [], "error": error}
+
+
 class Upstream:
-    def __init__(self, called: bool, answer_s: float, picture: bytes) -> None:
+    def __init__(self, called: bool, answer_s: float, picture: bytes | None) -> None:
         self.called = called
         self.answer_s = answer_s
         self.picture = picture
@@ -68,9 +77,8 @@ class Upstream:
         ]
         return Starlette(routes=routes, lifespan=self.lifespan)
 
-    def document(self, id: str, request: Request) -> dict[str, Any]:
-        link = f"{request.base_url}files/{id}/0.jpeg"
-        return {"id": id, "status": "completed", "progress": 100, "results": [link]}
+    def document_of(self, id: str, request: Request) -> dict[str, Any]:
+        return document(id, str(request.base_url), self.picture is not None)
 
     async def submit(self, request: Request) -> Response:
         body = await request.json()
@@ -78,7 +86,7 @@ class Upstream:
         id, url = f"task-unified-{self.made}", body["callback_url"]
         self.orders[body["prompt"]].append((id, url, time.monotonic()))
         if self.called:
-            call = asyncio.create_task(self.call(url, self.document(id, request)))
+            call = asyncio.create_task(self.call(url, self.document_of(id, request)))
             self.calls.add(call)
             call.add_done_callback(self.calls.discard)
         await asyncio.sleep(self.answer_s)
@@ -96,7 +104,7 @@ class Upstream:
         await self.sender.send(url, [[bytes(body)]], record)
 
     async def query(self, request: Request) -> Response:
-        return JSONResponse(self.document(request.path_params["id"], request))
+        return JSONResponse(self.document_of(request.path_params["id"], request))
 
     async def file(self, _: Request) -> Response:
         return Response(self.picture, media_type="image/jpeg")
@@ -115,5 +123,6 @@ class Upstream:
 
 
 if __name__ == "__main__":
-    made = Path(sys.argv[3]).read_bytes() if len(sys.argv) > 3 else picture()
+    file = sys.argv[3] if len(sys.argv) > 3 else None
+    made = picture() if file is None else None if file == "none" else Path(file).read_bytes()
     uvloop.run(answer(Upstream(sys.argv[1] == "called", float(sys.argv[2]), made).app()))

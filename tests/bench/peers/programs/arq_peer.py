@@ -69,12 +69,14 @@ async def finish(context: Context, task_id: str, upstream_id: str) -> None:
     try:
         async with http.get(f"{work.UPSTREAM}/v1/tasks/{upstream_id}") as answer:
             task = await answer.json()
-        if task["status"] != "completed":
+        if task["status"] not in work.ENDED:
             raise Retry(defer=1)
-        async with http.get(task["results"][0]) as answer:
-            content = await answer.read()
-        checksum = await asyncio.to_thread(work.save, task_id, content)
-        headers, sent = work.event(task_id, upstream_id, checksum)
+        checksums = []
+        for link in task["results"]:
+            async with http.get(link) as answer:
+                content = await answer.read()
+            checksums.append(await asyncio.to_thread(work.save, task_id, content))
+        headers, sent = work.event(task_id, upstream_id, task["status"], checksums)
         async with http.post(work.RECEIVER, data=sent, headers=headers):
             pass
     except (aiohttp.ClientError, TimeoutError) as problem:

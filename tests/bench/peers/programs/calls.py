@@ -32,14 +32,15 @@ def submit(task_id: str, prompt: str) -> str:
     return str(json.loads(request("POST", url, body, headers))["id"])
 
 
-def fetch(task_id: str, upstream_id: str) -> str | None:
-    """Confirms the result by a query and stores the picture. Returns its checksum."""
+def fetch(task_id: str, upstream_id: str) -> tuple[str, list[str | None]]:
+    """Confirms the end by a query and stores the pictures. Returns the status and checksums."""
     task = json.loads(request("GET", f"{work.UPSTREAM}/v1/tasks/{upstream_id}"))
-    if task["status"] != "completed":
+    if task["status"] not in work.ENDED:
         raise Problem(f"{upstream_id} is {task['status']}")
-    return work.save(task_id, request("GET", task["results"][0]))
+    checksums = [work.save(task_id, request("GET", link)) for link in task["results"]]
+    return task["status"], checksums
 
 
-def deliver(task_id: str, upstream_id: str, checksum: str | None) -> None:
-    headers, body = work.event(task_id, upstream_id, checksum)
+def deliver(task_id: str, upstream_id: str, end: tuple[str, list[str | None]]) -> None:
+    headers, body = work.event(task_id, upstream_id, *end)
     request("POST", work.RECEIVER, body, headers)

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ SECRET = os.environ["PEER_SECRET"]  # whsec_…
 KEY = {"authorization": "Bearer sk-peer"}
 ACCEPTED = {"status": "accepted"}
 TIMEOUT_S = 10
+
+
+ENDED = {"completed", "failed"}
 
 
 class Order(BaseModel):
@@ -79,13 +83,15 @@ def save(task_id: str, content: bytes) -> str | None:
     return hashlib.sha256(content).hexdigest()
 
 
-def event(task_id: str, upstream_id: str, checksum: str | None) -> tuple[dict[str, str], bytes]:
+def event(
+    task_id: str, upstream_id: str, status: str, checksums: Sequence[str | None]
+) -> tuple[dict[str, str], bytes]:
     """Headers and body of the event, signed by Standard Webhooks."""
     now = int(time.time())
-    data = {"upstream_id": upstream_id, "images": [{"sha256": checksum}]}
-    body = json.dumps(
-        {"type": "image.task.completed", "timestamp": now, "subject": task_id, "data": data}
-    ).encode()
+    data = {"upstream_id": upstream_id, "images": [{"sha256": each} for each in checksums]}
+    kind = f"image.task.{status}"
+    made = {"type": kind, "timestamp": now, "subject": task_id, "data": data}
+    body = json.dumps(made).encode()
     id = f"msg_{task_id}" if FULL else f"msg_{secrets.token_hex(12)}"
     key = base64.b64decode(SECRET.removeprefix("whsec_"))
     signature = base64.b64encode(hmac.digest(key, f"{id}.{now}.".encode() + body, "sha256"))
