@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import structlog
 
 from service.app import Role
 from tests.growth import fill, requests
+from tests.servers import postgres_binaries, postgres_database, postgres_running
 from tests.world import world
 
 ROUNDS = 40
@@ -76,13 +77,22 @@ def main() -> None:
     )
     options.add_argument("--tasks", type=int, nargs="+", default=[1000, 100_000])
     options.add_argument("--folder", type=Path, default=Path(), help="on which disk")
-    options.add_argument("--postgresql", nargs="+", help="an empty database for each number")
+    options.add_argument("--postgresql", action="store_true", help="on a server of its own")
     asked = options.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    urls = asked.postgresql or [None] * len(asked.tasks)
-    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
-        stores = list(zip(asked.tasks, urls, strict=True))
-        columns = asyncio.run(measured(Path(name), stores))
+    binaries = postgres_binaries()
+    if asked.postgresql and binaries is None:
+        raise SystemExit("the machine has no binaries of PostgreSQL (`apt-get install postgresql`)")
+    stores: list[tuple[int, str | None]] = [(count, None) for count in asked.tasks]
+    with ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder)
+        folder = Path(stack.enter_context(made))
+        if asked.postgresql and binaries is not None:
+            server = stack.enter_context(postgres_running(binaries))
+            stores = [
+                (count, stack.enter_context(postgres_database(server))) for count in asked.tasks
+            ]
+        columns = asyncio.run(measured(folder, stores))
     heads = " | ".join(f"{count:,} tasks" for count in asked.tasks)
     print(f"| p50 in ms | {heads} | factor |\n|---|{'---|' * len(columns)}---|")
     for name in ("ready", *SHOWN):
