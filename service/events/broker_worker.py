@@ -19,7 +19,6 @@ from sqlalchemy import Connection, insert, select, update
 from service.db.tables import counters, events, sinks
 from service.db.transaction import Transaction, one_by_one
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
-from service.events.broker_message import Message
 from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_conditions
 from service.ids import sequence_text
 from service.ops import tracing
@@ -39,9 +38,7 @@ OTHERS_S = 5.0  # between looks whether the process that publishes is still ther
 
 
 class Broker(Protocol):
-    """A message broker. Each failure is a SinkUnavailable, after which
-    the broker may or may not have the message.
-    """
+    """After a failure, a SinkUnavailable, the broker may or may not have the message."""
 
     name: str
     types: Sequence[str]  # of the events it gets, none: all
@@ -49,8 +46,10 @@ class Broker(Protocol):
     async def open(self) -> None:
         """Connects, or checks the connection."""
 
-    async def publish(self, message: Message) -> None:
-        """Returns once the broker has confirmed the message, under the event's id."""
+    async def publish(self, entry: Entry, trace: Mapping[str, str]) -> None:
+        """Returns once the broker has confirmed the message, under the event's id. `trace`: headers
+        of the message.
+        """
 
     async def close(self) -> None:
         """Ends the connection in any state."""
@@ -262,20 +261,18 @@ class BrokerWorker:
         """If the message is too large, it goes without its task's `request`, the only part that can
         be long.
         """
-        body = entry.document
         trace = {"traceparent": parent} if (parent := tracing.current()) else {}
-        message = Message(entry.id, entry.type, entry.task_id or entry.id, body, trace)
         try:
-            await self._sink.publish(message)
+            await self._sink.publish(entry, trace)
         except MessageTooLarge:
-            document = json.loads(body)
+            document = json.loads(entry.document)
             if "request" not in document["data"]:
                 raise
-            log.warning(
-                "sink.shortened", sink=self._sink.name, event_id=message.id, bytes=len(body)
-            )
-            shorter = {**document, "data": {**document["data"], "request": {}}}
-            await self._sink.publish(replace(message, body=compact_json(shorter).encode()))
+            known = {"event_id": entry.id, "bytes": len(entry.document)}
+            log.warning("sink.shortened", sink=self._sink.name, **known)
+            document["data"]["request"] = {}
+            shorter = replace(entry, document=compact_json(document).encode())
+            await self._sink.publish(shorter, trace)
 
     async def _failed(self, error: Exception) -> float:
         """Logs the first failure and closes the connection. Returns how long to wait."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +19,7 @@ import faststream
 
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable
 from service.events.broker_addresses import SinkAddress
-from service.events.broker_message import Message
+from service.events.feed import Entry
 
 TIMEOUT_S, CLOSE_S = 5.0, 2.0  # for a broker to confirm, to answer, to be connected to
 CONTENT_TYPE = "application/cloudevents+json"
@@ -56,7 +56,7 @@ class BrokerSink(ABC):
         """Makes the stream or queue if it is missing. Leaves it as it is if it exists."""
 
     @abstractmethod
-    async def _send(self, message: Message) -> None: ...
+    async def _send(self, entry: Entry, trace: Mapping[str, str]) -> None: ...
 
     async def open(self) -> None:
         with self._translated():
@@ -67,10 +67,10 @@ class BrokerSink(ABC):
             elif not await self._broker.ping(TIMEOUT_S):
                 raise TimeoutError("the broker does not answer any more")
 
-    async def publish(self, message: Message) -> None:
+    async def publish(self, entry: Entry, trace: Mapping[str, str]) -> None:
         with self._translated():
             async with asyncio.timeout(TIMEOUT_S):
-                await self._send(message)
+                await self._send(entry, trace)
 
     async def close(self) -> None:
         broker, self._broker = self._broker, None
@@ -146,20 +146,20 @@ class Nats(BrokerSink):
             subjects = [f"{self._address.path}.>"]
             await stream.add_stream(StreamConfig(self._address.target, subjects=subjects, **kept))
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, entry: Entry, trace: Mapping[str, str]) -> None:
         await self._broker.publish(
-            message.body,
-            f"{self._address.path}.{message.type}",
-            headers={"Nats-Msg-Id": message.id, "content-type": CONTENT_TYPE, **message.trace},
-            correlation_id=message.id,
+            entry.document,
+            f"{self._address.path}.{entry.type}",
+            headers={"Nats-Msg-Id": entry.id, "content-type": CONTENT_TYPE, **trace},
+            correlation_id=entry.id,
             stream=self._address.target,
             timeout=TIMEOUT_S,
         )
 
 
 class Kafka(BrokerSink):
-    """An idempotent producer with `acks=all`. The key is the message's. The header `ce_id` is the
-    event's id.
+    """An idempotent producer with `acks=all`. The key is the task's id, which keeps its events in
+    order. The header `ce_id` is the event's id.
     """
 
     def _new_broker(self, address: SinkAddress) -> Any:
@@ -184,14 +184,14 @@ class Kafka(BrokerSink):
             logger=None,
         )
 
-    async def _send(self, message: Message) -> None:
-        ids = {"ce_id": message.id, "ce_type": message.type}
+    async def _send(self, entry: Entry, trace: Mapping[str, str]) -> None:
+        ids = {"ce_id": entry.id, "ce_type": entry.type}
         await self._broker.publish(
-            message.body,
+            entry.document,
             self._address.path,
-            key=message.key.encode(),
-            headers={**ids, "content-type": CONTENT_TYPE, **message.trace},
-            correlation_id=message.id,
+            key=(entry.task_id or entry.id).encode(),
+            headers={**ids, "content-type": CONTENT_TYPE, **trace},
+            correlation_id=entry.id,
         )
 
 
@@ -248,20 +248,20 @@ class Amqp(BrokerSink):
                 async with connection.channel() as another:
                     await another.declare_queue(target, durable=True)
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, entry: Entry, trace: Mapping[str, str]) -> None:
         to_exchange = self._address.option == "exchange"
         await self._broker.publish(
-            message.body,
-            routing_key=message.type if to_exchange else self._address.target,
+            entry.document,
+            routing_key=entry.type if to_exchange else self._address.target,
             exchange=self._address.target if to_exchange else None,
             mandatory=True,
             persist=True,
             timeout=TIMEOUT_S,
             content_type=CONTENT_TYPE,
-            headers=dict(message.trace),
-            message_id=message.id,
-            message_type=message.type,
-            correlation_id=message.id,
+            headers=dict(trace),
+            message_id=entry.id,
+            message_type=entry.type,
+            correlation_id=entry.id,
         )
 
 
@@ -289,11 +289,11 @@ class Redis(BrokerSink):
         last = await connection.xrevrange(self._address.target, count=REMEMBERED)
         self._known = {fields.get(b"id", b"") for _, fields in last}
 
-    async def _send(self, message: Message) -> None:
-        if message.id.encode() not in self._known:
-            fields = {"id": message.id, "type": message.type, "content-type": CONTENT_TYPE}
+    async def _send(self, entry: Entry, trace: Mapping[str, str]) -> None:
+        if entry.id.encode() not in self._known:
+            fields = {"id": entry.id, "type": entry.type, "content-type": CONTENT_TYPE}
             await self._client.xadd(
-                self._address.target, {**fields, **message.trace, "event": message.body}
+                self._address.target, {**fields, **trace, "event": entry.document}
             )
 
 

@@ -12,16 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 
-import structlog
-
 from service.db.batching import BatchingStore
 from service.db.paging import that_fit
 from service.errors import StoreUnavailable
 from service.events.documents import type_matches
 from service.events.feed import LOOK_S, Entry, event_list, outbox_begin, outbox_end
 from service.links import Links
-
-log = structlog.get_logger()
+from service.queue.stage import log_failure
 
 PAGE = 100  # events
 KEPT, KEPT_SIZE = 2000, 16 << 20  # buffered at the end of the outbox: events, bytes
@@ -78,9 +75,8 @@ class Tail:
                     more = await self._read()
                 except StoreUnavailable:  # logged by the workers
                     pass
-                except Exception as error:
-                    fields = {"stage": "tail", "key": None, "attempt": None, "wait_s": LOOK_S}
-                    log.exception("worker.failed", **fields, exception=repr(error))
+                except Exception as error:  # noqa: BLE001 - logged, and read again
+                    log_failure("tail", None, None, LOOK_S, error)
                 await signals.wait(emitted, 0 if more else LOOK_S)
 
     async def _read(self) -> bool:

@@ -33,7 +33,6 @@ from service.images.downloads import (
     image_and_origin,
     record_downloads,
 )
-from service.images.inline_results import inline_result
 from service.images.validated_image import InvalidImage, Validation
 from service.images.validator import ImageValidator
 from service.links import is_data, usable
@@ -44,7 +43,9 @@ from service.queue import leases
 from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
+from service.tasks import task_queries
 from service.tasks.rows import ImageRow
+from service.upstreams.base import NoAnswer
 
 log = structlog.get_logger()
 
@@ -140,9 +141,25 @@ class DownloadWorker:
         return Quarantined(blob, size, sha256)
 
     async def _decode(self, row: ImageRow, file: Incoming) -> Fetched | Retry | Lost:
-        content = await inline_result(self.resources, row, self.max_bytes)
-        if not isinstance(content, bytes):
-            return content
+        """Writes the image of a row that keeps only the hash of its `data:` URL. The upstream is
+        asked for its answer again, so that the store need not hold images.
+        """
+        resources = self.resources
+        task = await resources.store.read(task_queries.task_row, row.task_id, None)
+        if task is None or task.upstream_id is None:
+            return Retry("the task has no id at the upstream")
+        async with resources.limiter.slot("confirm"):
+            upstream = resources.upstreams[task.upstream]
+            try:
+                content = await upstream.inline_result(task.upstream_id, row.source_url)
+            except ValueError as error:
+                return Retry(str(error), stale=True)
+        if content is None:
+            return Retry("the upstream has other results now", stale=True)
+        if isinstance(content, NoAnswer):
+            return Retry(content.reason, round((content.retry_after or 0) * 1000))
+        if len(content) > self.max_bytes:
+            return Lost(f"over {self.max_bytes} bytes")
         await file.write(content)
         return Fetched(compressed=False, cut=None)
 

@@ -93,10 +93,6 @@ class Download:
     outcome: Stored | Retry | Lost
 
 
-def image_row(connection: Connection, image_id: str) -> ImageRow | None:
-    return next(iter(image_rows(connection, select_images(images.c.id == image_id))), None)
-
-
 _WITH_ORIGIN = (
     select(*IMAGE_COLUMNS, *outbox.ORIGIN)
     .outerjoin_from(images, task_table, task_table.c.id == images.c.task_id)

@@ -3,12 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import structlog
-
-from service.errors import BlobUnavailable, StoreUnavailable
 from service.ops.metrics import Metrics
-
-log = structlog.get_logger()
+from service.queue.stage import log_failure
 
 EVERY_S = 3600.0
 
@@ -32,16 +28,6 @@ async def hourly(
         wait = EVERY_S * (0.9 + 0.2 * random())
         try:
             await job()
-        except Exception as error:
-            # An outage of a store needs no traceback.
-            expected = isinstance(error, BlobUnavailable | StoreUnavailable)
-            log.error(  # noqa: TRY400
-                "worker.failed",
-                stage=stage,
-                key=None,
-                attempt=1,
-                wait_s=round(wait),
-                exception=repr(error),
-                exc_info=None if expected else error,
-            )
+        except Exception as error:  # noqa: BLE001 - logged, and tried again in an hour
+            log_failure(stage, None, 1, round(wait), error)
             metrics.worker_faults.labels(stage).inc()

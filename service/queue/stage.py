@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.db.transaction import Lease
-from service.errors import StoreUnavailable
+from service.errors import BlobUnavailable, StoreUnavailable
 from service.fair_places import has_share
 from service.queue.crashes import DeadLetter
 from service.queue.leases import Rows
@@ -71,10 +71,10 @@ def log_parked(stage: str, key: str, cause: str, error: Exception | None = None)
 
 
 def log_failure(
-    stage: str, key: str | None, attempt: int | None, wait_s: float, error: Exception
+    stage: str, key: str | None, attempt: int | None, wait_s: float | None, error: Exception
 ) -> None:
-    """Logs a failed run. An outage of the store needs no traceback."""
-    outage = isinstance(error, StoreUnavailable)
+    """Logs a failed run. An outage of a store needs no traceback."""
+    outage = isinstance(error, BlobUnavailable | StoreUnavailable)
     log.error(
         "worker.failed",
         stage=stage,

@@ -10,12 +10,13 @@ import structlog
 from service.credits import millionths
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction, one_by_one
-from service.errors import EgressError, StoreUnavailable
+from service.errors import EgressError
 from service.net.responses import Response
 from service.ops.metrics import Metrics
 from service.queue import leases
 from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
+from service.queue.stage import log_failure
 from service.resources import Resources
 from service.tasks.pause import release_held
 from service.tasks.rows import TaskRow
@@ -133,10 +134,8 @@ class AccountBreaker:
         """Logs and counts an unforeseen exception. The next trial request comes all the same."""
         try:
             yield
-        except Exception as error:
-            known = {"stage": "account", "key": None, "attempt": self._trials, "wait_s": None}
-            fault = None if isinstance(error, StoreUnavailable) else error
-            log.error("worker.failed", **known, exception=repr(error), exc_info=fault)  # noqa: TRY400
+        except Exception as error:  # noqa: BLE001 - logged and counted
+            log_failure("account", None, self._trials, None, error)
             self._resources.metrics.worker_faults.labels("account").inc()
 
     def wait_s(self, attempt: int) -> float:

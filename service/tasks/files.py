@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, select
+from sqlalchemy import Connection, Select, delete, select, update
 
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
@@ -12,6 +12,9 @@ from service.db.paging import Selection, page
 from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
+
+FILES = 50  # files that one transaction of retention takes
+ROW_MS = 7 * 86_400_000  # how long the row of a file that is gone stays
 
 
 @dataclass(slots=True)
@@ -151,10 +154,37 @@ def erase_files(tx: Transaction, item: FileErasure) -> ErasedFile | None:
     blob = tx.connection.execute(statement.with_for_update()).scalar()
     if blob is None:
         return None
-    gone = {"blob": None, "erased_at": tx.now, "filename": "", "sha256": ""}
-    tx.change(file_table, item.file_id, gone)
+    tx.change(file_table, item.file_id, _gone(tx))
     tx.write()  # the next item may name the same file
     return ErasedFile(blob, next(iter(forget_copies(tx, [item.file_id])), None))
+
+
+def _gone(tx: Transaction) -> JSON:
+    """The row stays, so that the sweep knows the owner of a blob that it finds."""
+    return {"blob": None, "erased_at": tx.now, "filename": "", "sha256": ""}
+
+
+@one_by_one
+def forget_files(tx: Transaction, before: int) -> list[str]:
+    """Erases files whose days were over by this time, at most FILES. Returns their blobs, which
+    are deleted after the commit.
+    """
+    c = file_table.c
+    old = select(c.id, c.blob).where(c.expires_at <= before, c.blob.is_not(None))
+    oldest = old.order_by(c.expires_at).limit(FILES).with_for_update(skip_locked=True)
+    rows = list(tx.connection.execute(oldest))
+    ids = [row.id for row in rows]
+    tx.connection.execute(update(file_table).where(c.id.in_(ids)).values(_gone(tx)))
+    tx.connection.execute(delete(copies).where(copies.c.id.in_(ids)))
+    return [row.blob for row in rows]
+
+
+@one_by_one
+def forget_file_rows(tx: Transaction, before: int) -> None:
+    """Deletes the rows of files that are gone, and copies that the upstream has no more."""
+    old = file_table.c.expires_at <= before - ROW_MS
+    tx.connection.execute(delete(file_table).where(old, file_table.c.blob.is_(None)))
+    tx.connection.execute(delete(copies).where(copies.c.expires_at <= before))
 
 
 def forget_copies(tx: Transaction, ids: Sequence[str]) -> list[InputCopy]:

@@ -20,8 +20,9 @@ from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.audit import FORGOTTEN, forget_acts
+from service.tasks.files import forget_file_rows, forget_files
 from service.tasks.upstream_copies import InputCopies
-from service.upkeep import file_retention, retention_sql
+from service.upkeep import retention_sql
 
 log = structlog.get_logger()
 
@@ -76,10 +77,10 @@ class Retention:
             while (stripped := await self._write(retention_sql.strip_tasks, before)).tasks:
                 removed["tasks"] += stripped.tasks
                 await self._delete(stripped.blobs)
-            while blobs := await self._write(file_retention.forget_files, self.clock()):
+            while blobs := await self._write(forget_files, self.clock()):
                 removed["files"] += len(blobs)
                 await self._delete(blobs)
-            await self._write(file_retention.forget_file_rows, self.clock())
+            await self._write(forget_file_rows, self.clock())
             before = self.clock() - round(self.audit_days * DAY_MS)
             await self._repeat(forget_acts, before, FORGOTTEN)
             if self.image_days is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from service.db.paging import After, Selection
 from service.db.queues import QUEUES
 from service.db.tables import deliveries
-from service.images.downloads import image_row
+from service.images.downloads import image_and_origin
 from service.tasks import task_queries
 from service.tasks.state import State
 from service.upkeep import store_figures
@@ -177,10 +177,10 @@ async def test_settling_reads_the_task_and_its_first_terminal_callback(subject: 
 async def test_a_download_reads_the_row_of_its_image(subject: Subject) -> None:
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
-    row = await subject.store.read(image_row, image["id"])
+    row, _ = await subject.store.read(image_and_origin, image["id"])
     assert row is not None
     assert (row.source_url, row.state, row.task_id) == (URL, "pending", task_id)
-    assert await subject.store.read(image_row, "img_gone") is None
+    assert (await subject.store.read(image_and_origin, "img_gone"))[0] is None
 
 
 async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:

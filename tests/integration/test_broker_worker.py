@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from service.db.tables import counters, sinks
 from service.db.transaction import Transaction
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events import broker_worker
-from service.events.broker_message import Message
 from service.events.broker_worker import BrokerWorker, SinkLease, lease_sinks
+from service.events.feed import Entry
 from tests.api import UNTIL_DONE, submitted
 from tests.integration.test_brokers import emit
 from tests.waiting import wait_until
@@ -43,12 +43,12 @@ class Played:
     async def open(self) -> None:
         self.opened += 1
 
-    async def publish(self, message: Message) -> None:
+    async def publish(self, entry: Entry, trace: Mapping[str, str]) -> None:
         done = self.on(len(self.ids))
         if asyncio.iscoroutine(done):
             await done
-        self.ids.append(message.id)
-        self.traces.append(dict(message.trace))
+        self.ids.append(entry.id)
+        self.traces.append(dict(trace))
 
     async def close(self) -> None:
         pass
@@ -194,12 +194,12 @@ class Small(Played):
 
     full = True
 
-    async def publish(self, message: Message) -> None:
-        data = json.loads(message.body)["data"]
+    async def publish(self, entry: Entry, trace: Mapping[str, str]) -> None:
+        data = json.loads(entry.document)["data"]
         if data.get("request", self.full):
             self.full = len(self.ids) < 2
             raise MessageTooLarge("too large")
-        await super().publish(message)
+        await super().publish(entry, trace)
 
 
 async def test_a_message_too_large_goes_without_its_request(tmp_path: Path) -> None:
@@ -240,12 +240,12 @@ class Picky(Played):
         super().__init__()
         self.unwanted, self.error, self.refusals = set(unwanted), error, list[str]()
 
-    async def publish(self, message: Message) -> None:
-        key = json.loads(message.body)["data"]["key"]
+    async def publish(self, entry: Entry, trace: Mapping[str, str]) -> None:
+        key = json.loads(entry.document)["data"]["key"]
         if key in self.unwanted:
             self.refusals.append(key)
             raise self.error("NO_ROUTE")
-        await super().publish(message)
+        await super().publish(entry, trace)
 
 
 @pytest.mark.parametrize("error", [MessageRefused, MessageTooLarge])

@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ import requests
 from standardwebhooks import Webhook
 
 from service.cli.output import put_json
-from service.events.broker_message import Message
 from service.events.broker_worker import BrokerWorker, lease_sinks
+from service.events.feed import Entry
 from service.strict_json import compact_json
 from tests.api import UNTIL_DONE, got, submitted
 from tests.servers import missing
@@ -65,8 +65,8 @@ class Kept:
 
     async def open(self) -> None: ...
 
-    async def publish(self, message: Message) -> None:
-        self.bodies.append(message.body)
+    async def publish(self, entry: Entry, trace: Mapping[str, str]) -> None:
+        self.bodies.append(entry.document)
 
     async def close(self) -> None: ...
 

@@ -383,7 +383,7 @@ async def test_a_store_that_is_away_ends_those_who_need_it(
                 task = await submitted(client, UNTIL_DONE)
                 assert seen(await next_of(stream, 2)) == sent(await pulled(client, task=task["id"]))
         assert [line["exception"] for line in lines if line["event"] == "worker.failed"] == [
-            "ValueError('odd')"
+            "ValueError: odd"
         ]
         faults.append(StoreUnavailable("away"))
         with pytest.raises(StoreUnavailable):

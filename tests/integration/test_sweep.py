@@ -119,7 +119,7 @@ async def test_processes_with_workers_sweep_by_themselves(
             assert (failure["stage"], failure["key"], failure["exception"]) == (
                 "sweep",
                 None,
-                "BlobUnavailable('Not a directory')",
+                "BlobUnavailable: Not a directory",
             )
             root.unlink()
             aside.rename(root)

@@ -20,7 +20,7 @@ from service.images.downloads import (
     Refusal,
     Retry,
     Stored,
-    image_row,
+    image_and_origin,
     record_downloads,
 )
 from service.queue import leases
@@ -219,7 +219,7 @@ class WorkerScripts:
     # --- download ---
 
     def download(self, lease: Lease) -> Script:
-        row: ImageRow | None = yield Read(image_row, (lease.key,))
+        row, _ = yield Read(image_and_origin, (lease.key,))
         if row is None or row.state != "pending":
             yield Write(leases.done, lease)
         else:
