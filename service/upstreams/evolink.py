@@ -1,8 +1,4 @@
-"""EvoLink's image API: pure functions from bytes to outcomes, and an adapter that makes the calls.
-
-Reading never raises. A response that these functions do not understand is uncertain, unreadable or
-not final, never a guess.
-"""
+"""The adapter of EvoLink's image API. `verdicts` has the outcomes that its answers prove."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,112 +6,29 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from service.errors import EgressError, type_of
+from service.errors import EgressError
 from service.net.egress_client import Egress
 from service.net.responses import Response
-from service.net.retry_after import retry_after
 from service.upstreams.base import (
     OUTCOME_NAMES,
-    Accepted,
-    Found,
     NoAnswer,
-    NotCreated,
-    NotFound,
     QueryOutcome,
-    Refused,
     Report,
     SubmitOutcome,
-    Uncertain,
     UpstreamCall,
 )
 from service.upstreams.large_answers import LargeAnswers, judged
-from service.upstreams.lenient import USUAL_BYTES, section_of, task_of, text_of
-from service.upstreams.reports import MESSAGE, code_of, parse_task, report_of
+from service.upstreams.lenient import USUAL_BYTES, text_of
+from service.upstreams.reports import parse_task
 from service.upstreams.result_links import inline_content
 from service.upstreams.verdicts import (
-    finished_at_once,
+    classify_query,
+    classify_submit,
     is_from_api,
     refusal_of,
-    refuses_account,
     unanswered_submit,
     why,
 )
-
-KEPT = 2048  # bytes of a response that cannot be read
-
-ABOUT = ("id", "task_id", "status")  # an answer with none of them is about no task
-# Error codes that prove nothing, under any status.
-UNPROVED = frozenset({"paid_outcome_unknown", "idempotency_conflict"})
-# Older pages give the status as the code. These are the names of the newer pages.
-CODES = {
-    402: "insufficient_quota",
-    403: "permission_denied",
-    404: "not_found",
-    413: "request_too_large",
-}
-
-
-# --- classifying
-
-
-def classify_submit(
-    status: int, headers: Mapping[str, str], body: bytes, now: float
-) -> SubmitOutcome:
-    """The outcome that a submission's response proves (docs/api.md). Header names are lower-case,
-    `now` is Unix seconds.
-    """
-    document = task_of(body)
-    if 200 <= status < 300:
-        report = report_of(document) if document is not None else None
-        if report is not None and report.upstream_id:
-            return Accepted(report)
-        finished = finished_at_once(report) if report is not None else None
-        return finished or Uncertain(f"{status} without an id", body[:KEPT])
-    error = section_of(document, "error")
-    code, message = code_of(error.get("code")), text_of(error.get("message"), MESSAGE)
-    reason = f"{status} {code or message or 'without an error of its own'}"
-    own = bool(code or message)  # a gateway's page may have replaced another response
-    if status == 408 or code in UNPROVED or not (400 <= status < 500 or (status == 503 and own)):
-        return Uncertain(reason)
-    if status in (429, 503):
-        wait = retry_after(headers.get("retry-after"), now)
-        return NotCreated(reason, wait, throttled=status == 429)
-    if refuses_account(status, code):
-        return NotCreated(reason, account=True)
-    if status == 403 and not own:
-        return Uncertain(reason)
-    return Refused(
-        status,
-        {
-            "code": code if code and code != str(status) else CODES.get(status, "invalid_request"),
-            "message": message or f"the upstream refused the request with status {status}",
-            "type": text_of(error.get("type")) or type_of(status),
-            "param": text_of(error.get("param")),
-        },
-    )
-
-
-def classify_query(
-    status: int, headers: Mapping[str, str], body: bytes, now: float, upstream_id: str
-) -> QueryOutcome:
-    """The outcome of a query. A response about another task tells nothing. One about the task that
-    has no documented status is found, so that the task has an end, and kept for operators.
-    """
-    if status == 404:
-        return NotFound()
-    if not 200 <= status < 300:
-        wait = retry_after(headers.get("retry-after"), now)
-        return NoAnswer(f"{status}", wait, throttled=status == 429)
-    document = task_of(body, alone=True, id=upstream_id) or {}
-    report = report_of(document) if not document.keys().isdisjoint(ABOUT) else None
-    if report is None:
-        return NoAnswer(f"{status} unreadable", raw=body[:KEPT])
-    if report.upstream_id not in (None, upstream_id):
-        return NoAnswer(f"{status} for another task", raw=body[:KEPT])
-    return Found(report, raw=body[:KEPT] if report.status is None else b"")
-
-
-# --- calling
 
 Outcome = TypeVar("Outcome")
 KINDS = {"/v1/credits": "credits", "/v1/models": "models"}
@@ -163,26 +76,19 @@ class EvoLink:
         return await self._call("submit", "POST", path, timeout, judge, headers, body)
 
     async def query(self, upstream_id: str) -> QueryOutcome:
-        def judge(answer: Response | EgressError) -> QueryOutcome:
-            if isinstance(answer, EgressError):
-                return NoAnswer(why(answer))
-            return classify_query(
-                answer.status, answer.headers, answer.body, self._now(), upstream_id
-            )
+        def judge(answer: Response) -> QueryOutcome:
+            now = self._now()
+            return classify_query(answer.status, answer.headers, answer.body, now, upstream_id)
 
-        path = f"/v1/tasks/{quote(upstream_id, safe='')}"
-        return await self._call("query", "GET", path, self._query_timeout, judge)
+        return await self._ask(upstream_id, judge)
 
     async def inline_result(self, upstream_id: str, link: str) -> bytes | NoAnswer | None:
-        def judge(answer: Response | EgressError) -> bytes | NoAnswer | None:
-            if isinstance(answer, EgressError):
-                return NoAnswer(why(answer))
+        def judge(answer: Response) -> bytes | NoAnswer | None:
             if not 200 <= answer.status < 300:
                 return NoAnswer(f"{answer.status}")
             return inline_content(answer.body, link)
 
-        path = f"/v1/tasks/{quote(upstream_id, safe='')}"
-        return await self._call("query", "GET", path, self._query_timeout, judge)
+        return await self._ask(upstream_id, judge)
 
     async def passthrough(self, method: str, path: str) -> Response:
         if not path.startswith("/"):
@@ -195,6 +101,17 @@ class EvoLink:
 
     def read_callback(self, body: bytes) -> Report | None:
         return parse_task(body)
+
+    async def _ask(
+        self, upstream_id: str, judge: Callable[[Response], Outcome]
+    ) -> Outcome | NoAnswer:
+        """Queries the task. Without a response there is none to judge."""
+        path, timeout = f"/v1/tasks/{quote(upstream_id, safe='')}", self._query_timeout
+
+        def outcome(answer: Response | EgressError) -> Outcome | NoAnswer:
+            return NoAnswer(why(answer)) if isinstance(answer, EgressError) else judge(answer)
+
+        return await self._call("query", "GET", path, timeout, outcome)
 
     async def _call(
         self,

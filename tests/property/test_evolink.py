@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.upstreams.base import Accepted, NotCreated, Refused, Report, Uncertain
-from service.upstreams.evolink import classify_query, classify_submit
 from service.upstreams.reports import parse_task
+from service.upstreams.verdicts import classify_query, classify_submit
 
 ANY = st.text(st.characters(codec=None))  # with NUL and lone surrogates
 FIT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))

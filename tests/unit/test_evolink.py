@@ -18,9 +18,8 @@ from service.upstreams.base import (
     SubmitOutcome,
     Uncertain,
 )
-from service.upstreams.evolink import classify_query, classify_submit
 from service.upstreams.reports import parse_task
-from service.upstreams.verdicts import unanswered_submit
+from service.upstreams.verdicts import classify_query, classify_submit, unanswered_submit
 
 NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
 ID = "task-unified-1757165031-uyujaw3d"
