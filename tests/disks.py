@@ -63,20 +63,8 @@ def unwritable(pid: int) -> Iterator[None]:
     if shutil.which("strace") is None:
         missing("strace", "PATH")
     calls = "pwrite64,fdatasync,fsync,ftruncate"
-    command = [
-        "strace",
-        "-f",
-        "-q",
-        "-o",
-        os.devnull,
-        "-e",
-        f"trace={calls}",
-        "-e",
-        f"inject={calls}:error=EROFS",
-        "-p",
-        str(pid),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+    command = f"strace -f -q -o /dev/null -e trace={calls} -e inject={calls}:error=EROFS -p {pid}"
+    with subprocess.Popen(command.split(), stderr=subprocess.PIPE, text=True) as tracer:
         try:
             while untraced(pid):
                 if tracer.poll() is not None:

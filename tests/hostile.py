@@ -23,59 +23,16 @@ SYSTEM = socket.getaddrinfo
 
 # The networks of the upstream and its results contain only 127.0.0.1. All other purposes have
 # no private network at all.
-ADDRESSES = (
-    *(
-        "127.0.0.2",
-        "127.0.0.2.",
-        "127.2",
-        "127.0.2",
-        "2130706434",
-        "0x7f000002",
-        "0x7f.2",
-        "0177.0.0.2",
-        "017700000002",
-        "127.0.0.0x2",
-    ),
-    *(
-        "0",
-        "0.0.0.0",
-        "10.0.0.1",
-        "169.254.169.254",
-        "100.100.100.200",
-        "192.168.0.1.",
-        "172.16.0.1",
-        "168.63.129.16",
-        "224.0.0.1",
-    ),
-    *(
-        "[::1]",
-        "[::]",
-        "[0:0:0:0:0:0:0:1]",
-        "[::ffff:127.0.0.2]",
-        "[::FFFF:7f00:2]",
-        "[::127.0.0.2]",
-        "[::ffff:0:127.0.0.2]",
-    ),
-    *(
-        "[64:ff9b::7f00:2]",
-        "[64:ff9b::127.0.0.2]",
-        "[64:ff9b:1::7f00:2]",
-        "[2002:7f00:2::1]",
-        "[2001:0:7f00:2::1]",
-        "[fd00:ec2::254]",
-    ),
-    *("[fe80::1]", "[fe80::1%25lo]", "[::1%25lo]", "[::1%lo]", "[::1]."),
-    *(
-        "１２７.0.0.2",
-        "127。0。0。2",
-        "127．0．0．2",
-        "127｡0｡0｡2",
-        "①②⑦.0.0.2",
-        "127%2e0%2e0%2e2",
-        "%31%32%37.0.0.2",
-        "127.0.0.2%00",
-    ),
-)
+_ADDRESSES = """
+127.0.0.2 127.0.0.2. 127.2 127.0.2 2130706434 0x7f000002 0x7f.2 0177.0.0.2 017700000002 127.0.0.0x2
+0 0.0.0.0 10.0.0.1 169.254.169.254 100.100.100.200 192.168.0.1. 172.16.0.1 168.63.129.16 224.0.0.1
+[::1] [::] [0:0:0:0:0:0:0:1] [::ffff:127.0.0.2] [::FFFF:7f00:2] [::127.0.0.2] [::ffff:0:127.0.0.2]
+[64:ff9b::7f00:2] [64:ff9b::127.0.0.2] [64:ff9b:1::7f00:2] [2002:7f00:2::1] [2001:0:7f00:2::1]
+[fd00:ec2::254] [fe80::1] [fe80::1%25lo] [::1%25lo] [::1%lo] [::1].
+１２７.0.0.2 127。0。0。2 127．0．0．2 127｡0｡0｡2 ①②⑦.0.0.2
+127%2e0%2e0%2e2 %31%32%37.0.0.2 127.0.0.2%00
+"""
+ADDRESSES = _ADDRESSES.split()
 ZONE = {
     "private.evil.test": ["127.0.0.2"],
     "second.evil.test": ["1.1.1.1", "127.0.0.2"],
@@ -96,36 +53,20 @@ NAMES = (
     "böse.evil.test",
     "LOCALHOST.",
 )
+_FORMS = r"""
+https://u:p@127.0.0.2:{port}/ https://1.1.1.1@127.0.0.2:{port}/
+https://127.0.0.2:{port}@private.evil.test/ https://public.evil.test\@127.0.0.2:{port}/
+https://public.evil.test:443:{port}/ https:127.0.0.2:{port}/ //127.0.0.2/
+https:///127.0.0.2:{port}/ https://127.0.0.2:0{port}0/
+https://public.evil.test:25/ https://public.evil.test:6667/
+ftp://127.0.0.2:{port}/ file:///etc/passwd gopher://127.0.0.2:{port}/x unix:///run/x
+wss://127.0.0.2:{port}/
+"""
 FORMS = (
-    *(
-        "https://u:p@127.0.0.2:{port}/",
-        "https://1.1.1.1@127.0.0.2:{port}/",
-        "https://127.0.0.2:{port}@private.evil.test/",
-    ),
-    *(
-        "https://public.evil.test\\@127.0.0.2:{port}/",
-        "https://public.evil.test:443:{port}/",
-        "https:127.0.0.2:{port}/",
-        "//127.0.0.2/",
-    ),
-    *(
-        "https:///127.0.0.2:{port}/",
-        "https://127.0.0.2:0{port}0/",
-        "https://public.evil.test:25/",
-        "https://public.evil.test:6667/",
-    ),
-    *(
-        "ftp://127.0.0.2:{port}/",
-        "file:///etc/passwd",
-        "gopher://127.0.0.2:{port}/x",
-        "unix:///run/x",
-        "wss://127.0.0.2:{port}/",
-    ),
-    *(
-        "https://127.0.0.2:{port}/\r\nHost: x",
-        "https://public.evil.test#@127.0.0.2:{port}/\x7f",
-        "https://public.evil.test/" + "x" * 20_000,
-    ),
+    *_FORMS.split(),
+    "https://127.0.0.2:{port}/\r\nHost: x",
+    "https://public.evil.test#@127.0.0.2:{port}/\x7f",
+    "https://public.evil.test/" + "x" * 20_000,
 )
 
 
@@ -155,16 +96,8 @@ class Names:
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         rounds = self.zone[host]
         answer = rounds.pop(0) if len(rounds) > 1 else rounds[0]
-        return [
-            (
-                socket.AF_INET6 if ":" in each else socket.AF_INET,
-                socket.SOCK_STREAM,
-                6,
-                "",
-                (each, 0),
-            )
-            for each in answer
-        ]
+        families = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [(families[":" in each], socket.SOCK_STREAM, 6, "", (each, 0)) for each in answer]
 
 
 @dataclass(slots=True)

@@ -8,18 +8,21 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
 
+INITDB = "-U postgres -A trust -E UTF8 --locale=C --no-sync"
 MISSING = "no server: "  # prefix of every such skip, to count them
 
 
@@ -32,6 +35,16 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+def kept_port(stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> int:
+    """Reserves a port, so that no other process gets it while the service does not run. This
+    process binds it, and the service can bind it too and listen on it.
+    """
+    bound = stack.enter_context(socket.socket())
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", free_port()))
+    return int(bound.getsockname()[1])
 
 
 def missing(server: str, variable: str = "") -> NoReturn:
@@ -73,59 +86,99 @@ def postgres_binaries() -> Path | None:
     return Path(found).resolve().parent if found else None
 
 
+@dataclass(frozen=True, slots=True)
+class PostgresServer:
+    """A temporary server, durable with its default settings. `folder` has its data, its socket and
+    its log, and belongs to the server's user. Without a `port` it listens on its socket alone.
+    """
+
+    binaries: Path
+    folder: Path
+    port: int | None = None
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def pid(self) -> int | None:
+        file = self.data / "postmaster.pid"
+        return int(file.read_text().split()[0]) if file.exists() else None
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Runs a program of the server's. The test fails with its output if it fails."""
+        output = self.folder / "output"
+        with output.open("ab") as file:
+            done = subprocess.run(
+                [str(self.binaries / program), "-D", str(self.data), *arguments],
+                cwd=self.folder,
+                env={"PATH": os.defpath, "LC_ALL": "C"},
+                stdout=file,
+                stderr=file,
+                check=False,
+                user=self.folder.stat().st_uid if os.geteuid() == 0 else None,
+            )
+        if done.returncode:
+            said = output.read_text()[-2000:]
+            pytest.fail(f"{program} ended with {done.returncode}:\n{said}", pytrace=False)
+
+    def control(self, *arguments: str) -> None:
+        self.run("pg_ctl", "-w", "-t", "300", "-l", str(self.folder / "log"), *arguments)
+
+    def create(self) -> None:
+        self.run(
+            "initdb", *["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+        )
+
+    def start(self) -> None:
+        where = f"127.0.0.1 -c port={self.port}" if self.port else ""
+        options = f"-c listen_addresses={where} -k {self.folder} -c max_connections=500"
+        self.control("-o", options, "start")
+
+    def kill(self) -> None:
+        """Sends SIGKILL to all processes of the server at once, like a power cut."""
+        leader = self.pid
+        children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
+        for pid in map(int, (str(leader), *children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
-def postgres_running(binaries: Path) -> Iterator[str]:
-    """Runs a temporary server on a Unix socket and yields its URL. The server is durable with its
-    default settings.
+def postgres_server(binaries: Path, port: int | None = None) -> Iterator[PostgresServer]:
+    """A server that is not started. The end of the block stops it if it runs.
 
     The server refuses to run as root. Under root it therefore runs as `postgres` or `nobody`.
     """
-    account: dict[str, Any] = {}
-    folder = Path(
-        tempfile.mkdtemp(prefix="darkroom-pg-")
-    )  # short, because the path of a socket has at most 107 characters
+    # short, because the path of a socket has at most 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))
     if os.geteuid() == 0:
         accounts = {user.pw_name: user for user in pwd.getpwall()}
         user = accounts.get("postgres") or accounts["nobody"]
         os.chown(folder, user.pw_uid, user.pw_gid)
-        account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-
-    def run(program: str, *arguments: str) -> None:
-        with (folder / "output").open("ab") as output:
-            command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env={"PATH": os.defpath, "LC_ALL": "C"},
-                stdout=output,
-                stderr=output,
-                check=False,
-                **account,
-            )
-        if done.returncode:
-            pytest.fail(
-                f"{program} ended with"
-                f" {done.returncode}:\n{(folder / 'output').read_text()[-2000:]}",
-                pytrace=False,
-            )
-
+    server = PostgresServer(binaries, folder, port)
     try:
-        run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
-        run(
-            "pg_ctl",
-            "-w",
-            "-l",
-            str(folder / "log"),
-            "-o",
-            f"-c listen_addresses= -k {folder} -c max_connections=500",
-            "start",
-        )
-        try:
-            yield f"postgresql:///postgres?host={folder}&user=postgres"
-        finally:
-            run("pg_ctl", "-w", "-m", "immediate", "stop")
+        yield server
     finally:
+        if Path(f"/proc/{server.pid}").exists():
+            server.control("-m", "immediate", "stop")
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def postgres_running(binaries: Path) -> Iterator[str]:
+    """The URL of a running server on a Unix socket."""
+    with postgres_server(binaries) as server:
+        server.create()
+        server.start()
+        yield f"postgresql:///postgres?host={server.folder}&user=postgres"
+
+
+def running_server(url: str) -> PostgresServer:
+    """The server of such a URL."""
+    binaries, folder = postgres_binaries(), Path(parse_qs(urlsplit(url).query)["host"][0])
+    assert binaries is not None
+    return PostgresServer(binaries, folder)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, record_submissions
 from service.upstreams.base import Accepted, Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
+from tests.bench.program import spread
 from tests.bench.wrk import compared
 from tests.processes import service_settings
 from tests.servers import execute, postgres_binaries, postgres_database, postgres_running
@@ -60,6 +61,10 @@ class Scale:
     connections: int
     warm_up: float
     seconds: float
+
+
+FULL = Scale(rounds=5, tasks=40_000, connections=64, warm_up=1, seconds=4)
+QUICK = Scale(rounds=1, tasks=300, connections=8, warm_up=0, seconds=0.4)
 
 
 def lacking() -> dict[str, str]:
@@ -216,11 +221,3 @@ def acknowledgement(folder: Path, scale: Scale) -> str:
     ours = statistics.median(each["bare"]["rate"] for each in rounds)
     control = compared(folder, scale.connections, scale.seconds, ours)
     return "\n".join([*lines, "", *lacking().values(), control])
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """The median, with the least and the most if there are several values."""
-    least, most, median = (
-        format(value, form) for value in (min(values), max(values), statistics.median(values))
-    )
-    return median if least == most else f"{median} ({least}–{most})"

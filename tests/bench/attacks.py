@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.attack.attacks import ATTACKS, attacked_and_calm
-from tests.bench.acknowledgement import spread
+from tests.bench.program import spread
 from tests.environment import ROOT
 
 ROUNDS = 9

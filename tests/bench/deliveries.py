@@ -5,15 +5,12 @@ The store has all events before the service starts. Each endpoint has an owner o
 receiver stands behind all of them. The time goes from the first arrival to the last.
 """
 
-import argparse
 import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,9 +35,9 @@ from service.tasks.accept import insert_tasks
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.tasks.transitions import end
-from tests.bench.__main__ import machine, put
-from tests.bench.acknowledgement import SECRET_KEY, spread, waiting
+from tests.bench.acknowledgement import SECRET_KEY, waiting
 from tests.bench.processes import MEASURED, MEASURING, RUN_S, pinned, server
+from tests.bench.program import run, spread
 from tests.environment import ROOT, clean_environment
 from tests.processes import ADMIN_KEY, service_settings
 from tests.stores import open_sqlite
@@ -138,8 +135,9 @@ def measured(folder: Path, receiver: str, at_once: int, *, bare: bool) -> Run:
     return (len(came) - 1) / (last - first), (after - before) / (last - first)
 
 
-def deliveries(folder: Path, rounds: int, total: int) -> str:
+def deliveries(folder: Path, rounds: int, quick: bool) -> str:
     """The table, in Markdown. Both sides take turns."""
+    total = 100 if quick else 6000
     runs: dict[tuple[int, bool], list[Run]] = {}
     upstream = ("tests.bench.servers", "receiver")
     with server(*upstream, folder=folder, cores=MEASURING) as receiver, pinned(MEASURING):
@@ -168,21 +166,5 @@ def deliveries(folder: Path, rounds: int, total: int) -> str:
     return "\n".join([*table, "", control])
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.deliveries")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--quick", action="store_true", help="only to see that it runs")
-    options.add_argument("--write", action="store_true", help="put it into docs/benchmarks.md")
-    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk")
-    asked = options.parse_args()
-    rounds, total = (1, 100) if asked.quick else (asked.rounds, 6000)
-    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
-        about = machine(Path(name), "python -m tests.bench.deliveries")
-        text = f"{textwrap.fill(about, 100)}\n\n{deliveries(Path(name), rounds, total)}"
-    print(text)
-    if asked.write:
-        put(text, "deliveries")
-
-
 if __name__ == "__main__":
-    main()
+    run("python -m tests.bench.deliveries", "deliveries", deliveries)

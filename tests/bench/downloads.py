@@ -5,7 +5,6 @@ Darkroom fetches, decodes, syncs and records the pictures. `curl --parallel` fet
 from the same process, and then each file is synced. Both take turns, each time in an empty folder.
 """
 
-import argparse
 import asyncio
 import hashlib
 import io
@@ -14,7 +13,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import textwrap
 import time
 from datetime import datetime
 from pathlib import Path
@@ -22,13 +20,11 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from tests.bench.__main__ import machine, put
-from tests.bench.acknowledgement import spread
-from tests.bench.memory import resident_mib
 from tests.bench.peers.contenders import CONTENDERS, Running, running
 from tests.bench.peers.speed import arrived, burst, called, submitted
-from tests.bench.processes import MEASURING, children, cpu_seconds, server
-from tests.environment import ROOT, clean_environment
+from tests.bench.processes import MEASURING, children, cpu_seconds, resident_mib, server
+from tests.bench.program import run, spread
+from tests.environment import clean_environment
 
 AT_ONCE, MB = 16, 1_000_000
 MISSING = "`curl` is not installed (`apt-get install curl`): its side was skipped."
@@ -124,8 +120,9 @@ def measured(folder: Path, content: bytes, count: int, rounds: int) -> list[Figu
     return results
 
 
-def downloads(folder: Path, count: int, rounds: int) -> str:
+def downloads(folder: Path, rounds: int, quick: bool) -> str:
     """The table, in Markdown."""
+    count = 8 if quick else 200
     head, columns = f"| {count} pictures, {AT_ONCE} at once |", list[list[Figures]]()
     for name, made in PICTURES.items():
         content = picture(*made)
@@ -139,21 +136,5 @@ def downloads(folder: Path, count: int, rounds: int) -> str:
     return "\n".join(lines if CURLS in columns[0][0] else [*lines, "", MISSING])
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.downloads")
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--quick", action="store_true", help="only to see that it runs")
-    options.add_argument("--write", action="store_true", help="put it into docs/benchmarks.md")
-    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk")
-    asked = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
-        about = textwrap.fill(machine(Path(name), "python -m tests.bench.downloads"), 100)
-        count, rounds = (8, 1) if asked.quick else (200, asked.rounds)
-        text = f"{about}\n\n{downloads(Path(name), count, rounds)}"
-    print(text)
-    if asked.write:
-        put(text, "downloads")
-
-
 if __name__ == "__main__":
-    main()
+    run("python -m tests.bench.downloads", "downloads", downloads)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
@@ -38,7 +38,7 @@ class Run:
     start and its latency.
     """
 
-    def __init__(self, requests: Iterator[bytes], seconds: float, good: str = GOOD) -> None:
+    def __init__(self, requests: Iterator[bytes], seconds: float, good: str) -> None:
         self.requests = requests
         self.seconds = seconds
         self.good = good.encode()
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
         self.send()
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
     """The nearest rank's value."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 

@@ -7,10 +7,7 @@ process has at the end of its start, so this shows that nothing else depends on 
 
 import argparse
 import asyncio
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -18,51 +15,25 @@ from pathlib import Path
 
 from service.ops.garbage import THRESHOLDS
 from tests.bench.acknowledgement import SECRET_KEY, prepare
-from tests.bench.load import Connection, Run, request_bytes
-from tests.bench.processes import MEASURED, MEASURING, address_in, pinned, server
-from tests.environment import ROOT, clean_environment
-from tests.processes import service_settings
+from tests.bench.peers.contenders import CONTENDERS, running
+from tests.bench.processes import MEASURING, RUN_S, measure, resident_mib, server
+from tests.environment import ROOT
 
 TASKS, CONNECTIONS, PARTS = 2_000, 64, 10
-HOUR_S = 3600.0
-
-
-def resident_mib(pid: int, field: str = "VmRSS") -> float:
-    """`field`: `VmHWM` is the most so far."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-async def send(address: str, requests: Iterator[bytes]) -> None:
-    host, _, port = address.removeprefix("http://").partition(":")
-    run, loop = Run(requests, HOUR_S), asyncio.get_running_loop()
-    connect = (
-        loop.create_connection(lambda: Connection(run), host, int(port)) for _ in range(CONNECTIONS)
-    )
-    await asyncio.gather(*connect)
-    await run.over.wait()
 
 
 def measured(folder: Path, upstream: str, callbacks: int) -> Iterator[float]:
     """The resident memory in MiB: at first, and after each part of the callbacks."""
     asyncio.run(prepare(folder, upstream, min(TASKS, callbacks)))
     shutil.copytree(folder / "template", folder / "data")
-    lines = (folder / "requests").read_text().splitlines()
-    requests = cycle([request_bytes(**json.loads(line)) for line in lines])
-    settings, path = service_settings(upstream, folder, SECRET_KEY=SECRET_KEY), folder / "log"
-    command = [sys.executable, "-m", "service", "serve"]
-    with pinned(MEASURED), path.open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=clean_environment(settings), stdout=log)
-    try:
-        address = address_in(path, process)
-        yield resident_mib(process.pid)
+    lines, part = (folder / "requests").read_text().splitlines(), folder / "part"
+    part.write_text("\n".join(islice(cycle(lines), callbacks // PARTS)))
+    with running(CONTENDERS[0], folder, upstream, SECRET_KEY=SECRET_KEY) as here:
+        pid = here.processes[0].running.pid
+        yield resident_mib(pid)
         for _ in range(PARTS):
-            with pinned(MEASURING):
-                asyncio.run(send(address, islice(requests, callbacks // PARTS)))
-            yield resident_mib(process.pid)
-    finally:
-        process.kill()
-        process.wait()
+            measure(here.url, part, "once", CONNECTIONS, 0, RUN_S)
+            yield resident_mib(pid)
 
 
 def main() -> None:

@@ -113,6 +113,12 @@ def stat(pid: int) -> list[int]:
     return [int(x) for x in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1:]]
 
 
+def resident_mib(pid: int, field: str = "VmRSS") -> float:
+    """`field`: `VmHWM` is the most so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
 def children(pid: int) -> list[int]:
     """The ids of its children that live."""
     found = []

@@ -20,7 +20,7 @@ from service.backends import DELIVERIES
 from service.db.batching import BatchingStore
 from service.events.endpoints import NewEndpointRow, insert_endpoints
 from service.ops import logging
-from tests.bench.acknowledgement import spread
+from tests.bench.program import spread
 from tests.environment import ROOT
 from tests.outbox import emitted
 from tests.silence import silence

@@ -5,20 +5,16 @@ compared with a bare route that stores nothing. Without it, the latency that Dar
 upstream's answer. The upstream answers at once and never calls back.
 """
 
-import argparse
 import json
-import tempfile
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
-from tests.bench.__main__ import FULL, QUICK, machine, put
-from tests.bench.acknowledgement import Scale, spread
+from tests.bench.acknowledgement import FULL, QUICK, Scale
 from tests.bench.processes import MEASURED, MEASURING, measure, server
-from tests.environment import ROOT
+from tests.bench.program import run, spread
 from tests.processes import ADMIN_KEY, service_settings
 
 UPSTREAM = ("tests.bench.peers.upstream", "held", "0")
@@ -110,24 +106,13 @@ def table(rounds: Sequence[Mapping[str, Run]], connections: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.submissions")
-    options.add_argument("--rounds", type=int, default=FULL.rounds)
-    options.add_argument("--quick", action="store_true", help="only to see that it runs")
-    options.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
-    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk")
-    asked = options.parse_args()
-    scale, rounds = (QUICK, 1) if asked.quick else (FULL, asked.rounds)
-    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
-        about, runs = machine(Path(name), "python -m tests.bench.submissions"), []
-        for number in range(rounds):
-            (folder := Path(name) / str(number)).mkdir()
-            runs.append(one_round(folder, scale))
-    text = f"{textwrap.fill(about, 100)}\n\n{table(runs, scale.connections)}"
-    print(text)
-    if asked.write:
-        put(text, "submissions")
+def submissions_and_latencies(folder: Path, rounds: int, quick: bool) -> str:
+    scale, runs = QUICK if quick else FULL, []
+    for number in range(rounds):
+        (place := folder / str(number)).mkdir()
+        runs.append(one_round(place, scale))
+    return table(runs, scale.connections)
 
 
 if __name__ == "__main__":
-    main()
+    run("python -m tests.bench.submissions", "submissions", submissions_and_latencies)

@@ -5,22 +5,25 @@ launcher of processes, and databases.
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 
+import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import SUBMIT
-from tests.launcher import Launcher, borrowed
-from tests.processes import LOOPBACK, UPSTREAM_KEY
+from tests.environment import START_S
+from tests.launcher import Launched, Launcher, borrowed
+from tests.processes import ADMIN_KEY, LOOPBACK, UPSTREAM_KEY
 from tests.servers import postgres_database
 from tests.upstream import error
+from tests.waiting import wait_until
 from tests.world import Subscriber, answering, subscriber
 
 UPLOAD = "/api/v1/files/upload/stream"
@@ -85,6 +88,23 @@ class Bench:
     launcher: Launcher
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(3))
     _creating: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def start(
+        self, stack: AsyncExitStack, folder: Path, environment: Mapping[str, str], *arguments: str
+    ) -> tuple[Launched, httpx.AsyncClient]:
+        """A process that has started on the port of its environment, and a client of it."""
+        process = Launched(self.launcher, folder, environment, *arguments)
+        await wait_until(
+            lambda: "service.started" in process.printed or process.code is not None, START_S
+        )
+        assert "service.started" in process.printed, process.printed
+        client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{environment['DARKROOM_PORT']}",
+            headers={"authorization": f"Bearer {ADMIN_KEY}"},
+            trust_env=False,
+            timeout=100,
+        )
+        return process, await stack.enter_async_context(client)
 
     @asynccontextmanager
     async def database(self) -> AsyncIterator[str]:

@@ -17,10 +17,11 @@ import httpx
 from service.signing import Keyring
 from tests.api import SUBMIT, order
 from tests.crash.bench import Bench, benches
-from tests.crash.life import TERMINAL, free_port, listed
+from tests.crash.life import TERMINAL, listed
 from tests.crash.load import SECRET, post
 from tests.launcher import Launched
-from tests.processes import ADMIN_KEY, service_settings
+from tests.processes import service_settings
+from tests.servers import kept_port
 from tests.waiting import wait_until
 
 JSON = dict[str, Any]
@@ -76,7 +77,7 @@ class Group:
 
     async def start(self, arguments: Sequence[str], **more: str) -> Member:
         """Starts one more process and waits until it works."""
-        port = free_port(self.stack)
+        port = kept_port(self.stack)
         folder = self.bench.folder / f"process-{port}"
         folder.mkdir()
         self.port = self.port or port  # the upstream calls back to the first process
@@ -92,18 +93,8 @@ class Group:
         environment = service_settings(self.bench.upstream_url, folder, **given) | {
             "DARKROOM_TEST_LEASE_MS": str(LEASE_MS)
         }
-        process = Launched(self.bench.launcher, folder, environment, *arguments)
-        await wait_until(
-            lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S
-        )
-        assert process.code is None, process.printed
-        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=60
-        )
-        self.members.append(
-            Member(process, await self.stack.enter_async_context(client), folder, environment)
-        )
+        process, client = await self.bench.start(self.stack, folder, environment, *arguments)
+        self.members.append(Member(process, client, folder, environment))
         return self.members[-1]
 
     async def order(self, web: Member, number: int, **fields: Any) -> str:

@@ -3,7 +3,6 @@ state at its end.
 """
 
 import hashlib
-import socket
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests.api import SUBMIT, got, order
 from tests.crash.bench import Bench
 from tests.crash.death import Death, death, pictures
 from tests.launcher import LOG, Launched
-from tests.processes import ADMIN_KEY, UPSTREAM_KEY
+from tests.processes import UPSTREAM_KEY
 from tests.waiting import wait_until
 
 JSON = dict[str, Any]
@@ -115,20 +114,8 @@ class Life:
 
     async def start(self, port: int, **more: str) -> tuple[Launched, httpx.AsyncClient]:
         async with self.bench.starting:
-            process = Launched(
-                self.bench.launcher,
-                self.folder,
-                self.environment | more | {"DARKROOM_PORT": str(port)},
-            )
-            await wait_until(
-                lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S
-            )
-        assert "service.started" in process.printed, process.printed
-        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=100
-        )
-        return process, await self._stack.enter_async_context(client)
+            environment = self.environment | more | {"DARKROOM_PORT": str(port)}
+            return await self.bench.start(self._stack, self.folder, environment)
 
     async def submit(self, client: httpx.AsyncClient, prefer: str = "respond-async") -> JSON:
         return got(await self.ask(client, prefer))
@@ -240,14 +227,3 @@ async def passing(client: httpx.AsyncClient) -> None:
 async def listed(client: httpx.AsyncClient, what: str, below: str = "/v1") -> list[JSON]:
     data: list[JSON] = (await client.get(f"{below}/{what}", params={"limit": 1000})).json()["data"]
     return data
-
-
-def free_port(stack: AsyncExitStack) -> int:
-    """Reserves a port. This test binds it, and the service can bind it too and listen on it."""
-    bound = stack.enter_context(
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    )
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", 0))
-    port: int = bound.getsockname()[1]
-    return port

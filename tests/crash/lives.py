@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack
 
 from tests.api import SUBMIT, got
 from tests.crash.bench import Bench
-from tests.crash.life import LEASE_MS, PATIENCE_S, SETTINGS, Case, Ended, Life, free_port, listed
+from tests.crash.life import LEASE_MS, PATIENCE_S, SETTINGS, Case, Ended, Life, listed
 from tests.launcher import LOG
 from tests.processes import service_settings
+from tests.servers import kept_port
 from tests.waiting import wait_until
 
 
@@ -29,12 +30,12 @@ async def live(case: Case, bench: Bench) -> Ended:
     async with AsyncExitStack() as stack:
         if case.store == "postgres":
             more["DATABASE_URL"] = await stack.enter_async_context(bench.database())
-        port = free_port(stack)
+        port = kept_port(stack)
         environment = service_settings(bench.upstream_url, folder, **more) | {
             "DARKROOM_TEST_LEASE_MS": str(LEASE_MS)
         }
         one = Life(case, bench, environment, stack)
-        return await (paused(one, port, free_port(stack)) if case.paused else dying(one, port))
+        return await (paused(one, port, kept_port(stack)) if case.paused else dying(one, port))
 
 
 async def lease_over() -> None:

@@ -16,12 +16,13 @@ from tests.api import got
 from tests.contract.subject import Clock, Subject, new_id
 from tests.crash.group import PATIENCE_S, WEB, WORKER, ask, groups
 from tests.crash.load import loaded, sending
-from tests.servers import missing, postgres_binaries
-from tests.standby import Server
+from tests.servers import PostgresServer, missing, postgres_binaries
 from tests.stores import open_postgres
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
+
+Pair = tuple[PostgresServer, PostgresServer]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,12 @@ def binaries() -> Path:
 
 
 @pytest.fixture
-def pair(binaries: Path) -> Iterator[tuple[Server, Server]]:
+def pair(binaries: Path) -> Iterator[Pair]:
     with standby.replicated(binaries) as servers:
         yield servers
 
 
-async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Server]) -> None:
+async def test_a_failover_loses_nothing(tmp_path: Path, pair: Pair) -> None:
     """Every accepted task ends in one event, every callback that was answered with 200 is stored,
     and no process ends.
     """
@@ -61,7 +62,7 @@ async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Serv
             await wait_until(lambda: len(group.accepted) >= 32, PATIENCE_S)
             primary.kill()
             during = [asyncio.create_task(group.order(web, number)) for number in range(10, 20)]
-            await asyncio.to_thread(second.promote)
+            await asyncio.to_thread(second.control, "promote")
             taken = load.answers["200"]
             await wait_until(lambda: load.answers["200"] > taken + 30, PATIENCE_S)
             await asyncio.gather(*before, *during)
@@ -87,7 +88,7 @@ async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Serv
 
 
 async def test_the_host_that_takes_writes_is_found_among_several(
-    pair: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection skips a silent host and a read-only host, each within its timeout. An open
     connection detects a peer that falls silent.

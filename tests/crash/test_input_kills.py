@@ -18,11 +18,12 @@ import pytest
 from tests.api import SUBMIT, got, refused
 from tests.checkpoints import INPUT_CHECKPOINTS
 from tests.crash.bench import Bench, benches
-from tests.crash.life import LEASE_MS, PATIENCE_S, SETTINGS, free_port
+from tests.crash.life import LEASE_MS, PATIENCE_S, SETTINGS
 from tests.crash.lives import lease_over
 from tests.inputs import photo, upload, uploaded
 from tests.launcher import Launched
 from tests.processes import ADMIN_KEY, UPSTREAM_KEY, service_settings
+from tests.servers import kept_port
 from tests.waiting import wait_until
 
 JSON = dict[str, Any]
@@ -42,7 +43,7 @@ class Mortal:
         self, bench: Bench, folder: Path, environment: JSON, stack: AsyncExitStack
     ) -> None:
         self.bench, self.folder, self.environment = bench, folder, environment
-        self.port, self.stack = free_port(stack), stack
+        self.port, self.stack = kept_port(stack), stack
         self.process: Launched | None = None
         self.processes: list[Launched] = []
 
@@ -81,7 +82,7 @@ class Mortal:
         await wait_until(lambda: process.stopped, PATIENCE_S)
         if self.shared:
             # The callbacks go to the paused process.
-            return await self.start(free_port(self.stack), DARKROOM_RECONCILE_AFTER_S="1")
+            return await self.start(kept_port(self.stack), DARKROOM_RECONCILE_AFTER_S="1")
         await lease_over()
         return None
 

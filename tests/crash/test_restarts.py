@@ -25,12 +25,12 @@ import pytest
 from tests.api import JSON, got
 from tests.callbacks import connected
 from tests.certificates import self_signed
-from tests.crash.life import free_port, listed
+from tests.crash.life import listed
 from tests.crash.load import PATIENCE_S, SECRET, TRY_S, loaded, sending, until
 from tests.environment import ROOT, clean_environment
 from tests.launcher import Launched, Launcher, borrowed, launching
 from tests.processes import ADMIN_KEY, Running, sandbox, service_settings
-from tests.servers import missing
+from tests.servers import kept_port, missing
 from tests.waiting import wait_until
 
 RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "4"))
@@ -178,7 +178,7 @@ async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
     The proxy finds no server, waits and retries.
     """
     async with AsyncExitStack() as stack:
-        public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
+        public, backend = (f"127.0.0.1:{kept_port(stack)}" for _ in range(2))
         stack.enter_context(haproxy(public, backend, tmp_path / "haproxy.log", PROXY_TLS="off"))
         await wait_until(lambda: open_at(public), PATIENCE_S)
         launcher = stack.enter_context(borrowed())
@@ -199,7 +199,7 @@ async def test_the_proxy_speaks_tls_unless_it_is_turned_off(tmp_path: Path) -> N
     """Without its certificate it does not start. With one it passes nothing but callbacks."""
     log, certificate = tmp_path / "haproxy.log", self_signed(tmp_path)
     async with AsyncExitStack() as stack:
-        public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
+        public, backend = (f"127.0.0.1:{kept_port(stack)}" for _ in range(2))
         none = {"PROXY_CERTIFICATE": str(tmp_path / "none.pem")}
         proxy = stack.enter_context(haproxy(public, backend, log, **none))
         await wait_until(lambda: proxy.poll() is not None, PATIENCE_S)

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.api import got
-from tests.crash.chaos.members import restart
 from tests.crash.group import PATIENCE_S, WEB, WORKER, groups
 from tests.crash.load import bound
-from tests.servers import missing, postgres_binaries, postgres_running
+from tests.servers import missing, postgres_binaries, postgres_running, running_server
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
@@ -39,7 +38,8 @@ async def test_a_restart_of_the_server_ends_no_process(
         task = await bound(web.client, got(await web.client.get(f"/v1/tasks/{known}")))
         orders = [asyncio.create_task(group.order(web, number)) for number in range(1, 20)]
         answers = []
-        stopping = asyncio.create_task(asyncio.to_thread(restart, own_server, mode))
+        control = running_server(own_server).control
+        stopping = asyncio.create_task(asyncio.to_thread(control, "-m", mode, "restart"))
 
         async def restarted() -> bool:
             answers.append(await group.callback(web, task))

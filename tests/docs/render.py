@@ -30,14 +30,12 @@ from service.web.routes.table import SPECS
 from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
 from tests.docs.bounds import bounds_table
 from tests.docs.client_journeys import clients_table
-from tests.docs.dashboard import dashboard
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 from tests.docs.log_schema import log_schema
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-DASHBOARD = ROOT / "deploy" / "grafana" / "darkroom.json"
 
 
 def first_help() -> str:
@@ -246,5 +244,4 @@ if __name__ == "__main__":
     schema = json.dumps(catalogue_schema(), indent=2) + "\n"
     (DOCS / "catalogue.schema.json").write_text(schema, "utf-8")
     (DOCS / "log.schema.json").write_text(log_schema_text(), "utf-8")
-    DASHBOARD.write_text(dashboard(), "utf-8")
     HELP.write_text(first_help(), "utf-8")

@@ -17,12 +17,13 @@ import httpx
 from service.upstreams.sandbox import create_sandbox
 from tests.api import SUBMIT, got, order
 from tests.crash.bench import SANDBOX, Upstream
-from tests.crash.life import PATIENCE_S, free_port, listed, passing
+from tests.crash.life import PATIENCE_S, listed, passing
 from tests.durability.disk import Coin, Disk, kept, lost
 from tests.durability.promises import Watch, callbacks_of
 from tests.durability.trace import Begun, Moment, moments, tracing
 from tests.launcher import Launched, Launcher, launching
 from tests.processes import ADMIN_KEY, service_settings
+from tests.servers import kept_port
 from tests.waiting import wait_until
 from tests.world import Subscriber, answering, subscriber
 
@@ -233,7 +234,7 @@ async def run(folder: Path) -> Rounds:
             await stack.enter_async_context(subscriber()),
         )
         stage = Stage(
-            rounds, launcher, upstream, url, listening, free_port(stack), place, Disk(place)
+            rounds, launcher, upstream, url, listening, kept_port(stack), place, Disk(place)
         )
         for seed in SEEDS:
             await killed(stage, seed)

@@ -29,7 +29,6 @@ from tests.api import SUBMIT, order
 from tests.brokers import BrokerServer, address, broker_running
 from tests.consumers.programs import listening
 from tests.disks import small_disk
-from tests.docs.dashboard import dashboard
 from tests.environment import ROOT
 from tests.processes import (
     ADMIN_KEY,
@@ -102,10 +101,9 @@ def test_each_alert_has_its_page_in_the_runbook() -> None:
 
 
 def test_the_dashboard_and_the_rules_name_metrics_that_exist() -> None:
-    """`python -m tests.docs.render` writes the dashboard from its table."""
-    assert DASHBOARD.read_text() == dashboard()
     known = {sample.name for each in Metrics().registry.collect() for sample in each.samples}
     known |= {each.name for each in Metrics().registry.collect()}
+    assert json.loads(DASHBOARD.read_text())["panels"]
     named = re.findall(r"\bdarkroom_\w+", DASHBOARD.read_text() + RULES.read_text())
     assert named
     assert {re.sub("_bucket$", "", name) for name in named} <= known | {f"{n}_total" for n in known}

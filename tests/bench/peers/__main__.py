@@ -6,7 +6,6 @@ which the upstream and the load share with it.
 """
 
 import argparse
-import platform
 import tempfile
 import textwrap
 import time
@@ -15,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench.__main__ import put
 from tests.bench.peers import kills, speed
 from tests.bench.peers.contenders import CONTENDERS, Contender, missing, versions
 from tests.bench.peers.kills import Storm, Verdict, killed
 from tests.bench.peers.speed import Result, Scale, round_of
-from tests.bench.processes import CORES
+from tests.bench.program import MEDIANS, put, python_and_linux
 from tests.environment import ROOT
 
 PROGRAMS = sorted({contender.program for contender in CONTENDERS})
@@ -80,12 +78,7 @@ def arguments() -> argparse.Namespace:
 
 def about(rounds: int) -> str:
     """The machine and the versions that the figures depend on."""
-    linux = platform.release().partition("-")[0]
-    machine = f"{len(CORES)} cores, Python {platform.python_version()}, Linux {linux}"
-    text = (
-        f"`make bench-peers` on {machine}, {versions()}. Medians of {rounds} rounds, with the"
-        " least and the most."
-    )
+    text = f"`make bench-peers` on {python_and_linux()}, {versions()}, {rounds} rounds. {MEDIANS}"
     return textwrap.fill(text, 100)
 
 

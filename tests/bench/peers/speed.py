@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import standardwebhooks
 
-from tests.bench.acknowledgement import spread
 from tests.bench.load import percentile
 from tests.bench.peers.contenders import Contender, Running, running
 from tests.bench.peers.upstream import document
 from tests.bench.processes import MEASURING, measure, server
+from tests.bench.program import spread
 from tests.waiting import wait_until
 
 CONNECTIONS, ORDERS_AT_ONCE, PATIENCE_S = 32, 16, 120.0
@@ -175,8 +175,8 @@ def table(results: dict[Contender, list[Result]], scale: Scale) -> str:
         figures = [
             spread([run.rate for run in rounds], ".0f"),
             spread([run.cpu * 1000 for run in rounds], ".1f"),
-            spread([percentile(list(run.waits), 0.5) * 1000 for run in rounds], ".0f"),
-            spread([percentile(list(run.waits), 0.99) * 1000 for run in rounds], ".0f"),
+            spread([percentile(run.waits, 0.5) * 1000 for run in rounds], ".0f"),
+            spread([percentile(run.waits, 0.99) * 1000 for run in rounds], ".0f"),
         ]
         lines.append(f"| {contender.name} | {' | '.join(figures)} | {contender.lacks} |")
     return "\n".join(lines)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
-from tests.bench.__main__ import put
 from tests.bench.load import percentile
+from tests.bench.program import put
 from tests.crash.chaos.storm import LAYOUTS, logs, storms
 from tests.crash.chaos.verdict import Verdict, judge, seen
 from tests.crash.chaos.weather import Scale

@@ -1,34 +1,13 @@
 """A port that stays the same while the processes behind it come and go."""
 
 import asyncio
-import errno
-import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from random import Random, SystemRandom
+from random import Random
+
+from tests.servers import kept_port
 
 CHUNK = 1 << 16
-PORTS = range(
-    20_000,
-    32_000,
-    # Below the range of ephemeral ports. A connecting client could get one of those and keep a
-    # closed port busy for a moment.
-)
-
-
-def kept_port(stack: AsyncExitStack) -> int:
-    """Reserves a port: no other process can bind it, even while this one does not listen."""
-    while True:
-        bound = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port = SystemRandom().choice(PORTS)
-        try:
-            bound.bind(("127.0.0.1", port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        else:
-            return port
 
 
 class Door:

@@ -1,16 +1,13 @@
-"""The service processes that a run kills and pauses, and the servers that it restarts."""
+"""The service processes that a run kills and pauses."""
 
 import asyncio
 import os
 import signal
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 from tests.launcher import Launched, Launcher
-from tests.servers import postgres_binaries
 from tests.waiting import wait_until
 
 LOOK_S, AGAIN_S, DEAD_S = 0.1, 0.5, 60.0
@@ -86,38 +83,3 @@ class Member:
 
     def ready(self) -> bool:
         return self.process.code is None and "service.started" in self.process.printed
-
-
-def restart(url: str, mode: str) -> None:
-    """Restarts the server of `tests.servers.postgres_running`. `immediate` is a crash with
-    recovery, `fast` a stop and a start.
-    """
-    folder, binaries = Path(parse_qs(urlsplit(url).query)["host"][0]), postgres_binaries()
-    assert binaries is not None
-    owner = folder.stat().st_uid if os.geteuid() == 0 else None
-    command = [
-        str(binaries / "pg_ctl"),
-        "-w",
-        "-t",
-        "300",
-        "-D",
-        str(folder / "data"),
-        "-l",
-        str(folder / "log"),
-        "-m",
-        mode,
-        "restart",
-    ]
-    with (folder / "output").open("ab") as output:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={"PATH": os.defpath, "LC_ALL": "C"},
-            stdout=output,
-            stderr=output,
-            check=False,
-            user=owner,
-        )
-    assert done.returncode == 0, (folder / "output").read_text()[-1000:] + (
-        folder / "log"
-    ).read_text()[-1000:]

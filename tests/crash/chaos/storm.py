@@ -16,13 +16,14 @@ import httpx
 from starlette.responses import Response
 
 from tests.api import SUBMIT, order
-from tests.crash.chaos.door import Door, kept_port
-from tests.crash.chaos.members import Member, restart
+from tests.crash.chaos.door import Door
+from tests.crash.chaos.members import Member
 from tests.crash.chaos.upstream import upstream
 from tests.crash.chaos.weather import Act, Scale, acts, faults
 from tests.environment import START_S
 from tests.launcher import borrowed
 from tests.processes import ADMIN_KEY, service_settings
+from tests.servers import kept_port, running_server
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, subscriber
 
@@ -114,9 +115,9 @@ class Storm:
                 await victim.pause(act.lasts)
             case "restart":
                 async with self.restarting:
-                    await asyncio.to_thread(
-                        restart, self.database, "immediate" if act.choice < 0.5 else "fast"
-                    )
+                    mode = "immediate" if act.choice < 0.5 else "fast"
+                    server = running_server(self.database)
+                    await asyncio.to_thread(server.control, "-m", mode, "restart")
                     self.restarts += 1
             case "freeze":
                 os.kill(self.upstream_pid, signal.SIGSTOP)
