@@ -231,11 +231,11 @@ class Launched:
 
 
 def shorten_leases(lease_ms: int) -> None:
-    """Shortens the leases of 30 s and the waits after crashes, which are too long for a test."""
+    """Shortens the leases and the waits after crashes, which are too long for a test."""
     from service.events import broker_worker
     from service.queue import leases, worker
 
-    part = lease_ms / leases.LEASE_MS
+    part = lease_ms / broker_worker.LEASE_MS
     waits = {crashes: round(wait * part) for crashes, wait in leases.CANDIDATE_WAITS_MS.items()}
     vars(leases)["CANDIDATE_WAITS_MS"] = waits
     vars(leases)["LEASE_MS"] = vars(broker_worker)["LEASE_MS"] = lease_ms

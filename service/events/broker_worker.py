@@ -23,13 +23,14 @@ from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_cond
 from service.ids import sequence_text
 from service.ops import tracing
 from service.queue.backoff import broker_wait
-from service.queue.leases import LEASE_MS, RENEW_S, TOLERANCE_MS
+from service.queue.leases import TOLERANCE_MS
 from service.resources import Resources
 from service.strict_json import compact_json
 
 log = structlog.get_logger()
 
 PAGE = 100  # events
+LEASE_MS, RENEW_S = 30_000, 10.0
 # The last message is sent at most 10 s + 5 s after the lease began, and is confirmed or given up
 # within 5 s. That is 20 s of the lease's 30 s.
 SPARE_S = 5.0

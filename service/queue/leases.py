@@ -28,8 +28,8 @@ from service.queue.owner_shares import claimable, take_slot, use_slot
 
 Rows = Callable[[Connection, Sequence[str]], Mapping[str, Any]]  # what leases need, by key
 
-LEASE_MS = 30_000
-RENEW_S = 10.0
+LEASE_MS = 15_000  # a dead process's rows wait so long on PostgreSQL
+RENEW_S = 5.0
 # The longest lease is that of a submission with the longest `SUBMIT_TIMEOUT_S` (25 minutes). A
 # lease that ends later was written before a clock went back, and counts as ended.
 LONGEST_LEASE_MS = 1_800_000
