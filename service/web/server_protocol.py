@@ -3,17 +3,21 @@
 import asyncio
 import fcntl
 import termios
+import time
 from array import array
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import httptools
+from starlette.responses import JSONResponse
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from service.resources import new_id
+from service.web.error_responses import error_body
 from service.web.key_shares import SLOW_S, address_of
 from service.web.overload import PriorityGate
 from service.web.request_parser import RequestParser
@@ -232,7 +236,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def send_400_response(self, msg: str) -> None:
-        super().send_400_response(self._problem or msg)
+        """An error like any other, to a request that the application never sees."""
+        id = new_id("request", time.time_ns() // 1_000_000)
+        body = error_body(400, "invalid_request", self._problem or msg, id)
+        answer = JSONResponse(body, headers={"x-request-id": id, "connection": "close"})
+        headers = [*self.server_state.default_headers, *answer.raw_headers]
+        lines = [name + b": " + value for name, value in headers]
+        head = b"\r\n".join([b"HTTP/1.1 400 Bad Request", *lines, b"", b""])
+        self.transport.write(head + bytes(answer.body))
+        self.transport.close()
 
     def _should_upgrade(self) -> bool:
         """uvicorn asks only if a request offers it, and then leaves the request to the parser."""

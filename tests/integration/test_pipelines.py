@@ -3,6 +3,7 @@ them at a time, and each of them passes the gate.
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -136,5 +137,16 @@ async def test_a_request_has_a_limited_number_of_headers(name: bytes) -> None:
                 answer = await reader.readuntil(b"\r\n\r\n")
                 assert answer.split()[1] == expected
                 if expected == b"400":
-                    text = await reader.read()
-                    assert text == b"The request has more than 100 headers."
+                    error = json.loads(await reader.read())["error"]
+                    assert error["message"] == "The request has more than 100 headers."
+
+
+async def test_a_request_that_cannot_be_parsed_gets_an_error_with_its_id() -> None:
+    async with serving() as (url, _), connected(url) as (reader, writer):
+        writer.write(b"FOO / HTTP/1.1\r\nhost: x\r\n\r\n")
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        error = json.loads(await reader.read())["error"]
+    assert head.startswith("HTTP/1.1 400 ")
+    assert f"x-request-id: {error['request_id']}\r\n" in head
+    assert error["code"] == "invalid_request"
+    assert {"type", "param", "task_id"} <= error.keys()
