@@ -142,6 +142,13 @@ def query_text(
     return value
 
 
+def asks_for(request: Request, media_type: str) -> bool:
+    """`Accept` names the media type, and not with the weight 0 (RFC 9110, 12.5.1)."""
+    wanted = re.escape(media_type) + r"\s*(;(?!.*\bq=0(\.0*)?\s*(;|$)).*)?"
+    kinds = ",".join(request.headers.getlist("accept")).split(",")
+    return any(re.fullmatch(r"\s*" + wanted, kind, re.IGNORECASE) for kind in kinds)
+
+
 def query_seconds(request: Request, name: str, most: float) -> float:
     """A number of seconds, by default 0. Raises ApiError 400 outside 0 to `most`."""
     try:

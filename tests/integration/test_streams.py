@@ -109,6 +109,22 @@ async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
         assert [message.event for message in found] == BOTH
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("TEXT/Event-Stream", "text/event-stream"),
+        ("application/json;q=0.5 , text/event-stream;charset=utf-8; q=0.9", "text/event-stream"),
+        ("application/json, text/event-stream;q=0", "application/json"),
+        ("text/event-stream; q=0.000, */*", "application/json"),
+        ("text/event-streams", "application/json"),
+    ],
+)
+async def test_accept_is_read_as_http_defines_it(here: World, accept: str, kind: str) -> None:
+    async with here.client.stream("GET", "/v1/events", headers={"accept": accept}) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].partition(";")[0] == kind
+
+
 async def test_a_stream_contains_all_events_after_its_headers(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

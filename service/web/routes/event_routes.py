@@ -16,7 +16,7 @@ from service.events.tail import StreamFilter
 from service.ids import sequence_text
 from service.upstreams.field_values import shown
 from service.web.auth import caller_of
-from service.web.bodies import query_seconds, query_text
+from service.web.bodies import asks_for, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_schemas import EVENT_TYPES
 from service.web.event_stream import stream
@@ -73,7 +73,7 @@ async def events(request: Request) -> Response:
     async def check_key() -> None:
         await context.access.caller(request, *request.state.scopes)
 
-    if "text/event-stream" in request.headers.get("accept", ""):
+    if asks_for(request, "text/event-stream"):
         # A reader that reconnects sends the last id, along with the `after` of its first request.
         last_id = request.headers.get("last-event-id")
         if last_id == "":  # as a reader sends it that has seen no event with an id

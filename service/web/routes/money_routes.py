@@ -19,7 +19,7 @@ from service.tasks.budgets import Budget, BudgetState, budget_states, set_budget
 from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
 from service.upstreams.field_values import shown
 from service.web.acts import perform
-from service.web.bodies import query_owner, query_text, query_time, read_model
+from service.web.bodies import asks_for, query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
 from service.web.field_schemas import OWNER
 from service.web.list_page import page, query_limit
@@ -63,7 +63,7 @@ async def report(request: Request) -> Response:
         raise invalid_request(message, "by")
     rows = [{"key": key, **figures_document(row, credits_number)} for key, row in found.items()]
     totals = figures_document(usage.totals(list(found.values())), credits_number)
-    if "text/csv" in request.headers.get("accept", ""):
+    if asks_for(request, "text/csv"):
         return as_csv(rows, ["key", *totals])
     return JSONResponse({"data": rows, "totals": totals})
 
