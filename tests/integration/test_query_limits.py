@@ -45,3 +45,9 @@ async def test_too_many_types_of_a_stream_are_refused_too(still: World) -> None:
 async def test_as_many_filters_as_the_limit_are_allowed(still: World) -> None:
     got(await still.client.get(f"/v1/tasks?{metadata(16)}"))
     got(await still.client.get("/v1/events?type=" + ",".join(["*"] * 32)))
+
+
+@pytest.mark.parametrize("text", ["%ED%A0%80", "%FF", "a%C3"])
+async def test_a_query_that_is_no_utf_8_is_refused(still: World, text: str) -> None:
+    for path in (f"/v1/tasks?model={text}", f"/v1/tasks?metadata.{text}=1"):
+        refused(await still.client.get(path), 400, "invalid_request")

@@ -1,6 +1,7 @@
 """What stands before each endpoint: load shedding, the key and its scopes, and limits."""
 
 import re
+from urllib.parse import unquote_to_bytes
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,8 +21,12 @@ NAME_CHARS = 100  # of a parameter, in the answer
 
 def check_query(request: Request, spec: Spec) -> None:
     """Raises ApiError 400 for a parameter that the route does not have. An ignored filter would
-    give a wrong list.
+    give a wrong list. The same holds for text that is no UTF-8, such as a lone surrogate.
     """
+    try:
+        unquote_to_bytes(request.scope["query_string"]).decode()
+    except UnicodeDecodeError:
+        raise invalid_request("the query is not valid UTF-8") from None
     for name in request.query_params:
         family, dot, _ = name.partition(".")
         if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
