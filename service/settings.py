@@ -107,7 +107,7 @@ class Settings(BaseModel):
     query_timeout_s: types.Seconds = 15
     """Timeout of one query call."""
     reconcile_after_s: types.Seconds | None = None
-    """Silence before the first query of a task. Without a callback URL the default is `max(3,
+    """Silence before the first query of a task. Without a callback URL it is always `max(3,
     estimated_time / 2)`."""
     no_results_after_s: types.Seconds = 600
     """How long a completed task without all of its results is asked for again, after waits of 2 s
