@@ -27,14 +27,15 @@ STARTED := service/images/validator_child.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev quick test check coverage bench bench-peers chaos screenshots pictures lock sbom clean
+.PHONY: help setup demo dev quick test lint check coverage bench bench-peers chaos screenshots pictures lock sbom clean
 
 help:
 	@echo "make demo      show it at work: an upstream, the service and a subscriber on this machine"
 	@echo "make dev       serve on a sandbox upstream, to try requests on"
 	@echo "make quick     run the tests that run no service and need no server, for every change"
 	@echo "make test      run all tests"
-	@echo "make check     run what CI runs: lint, types, import rules, all tests"
+	@echo "make lint      check style, types and import rules"
+	@echo "make check     run what CI runs: make lint and all tests"
 	@echo "make coverage  run all tests and ask for coverage: 95 % of all, 99 % of the steps"
 	@echo "make bench     measure, and print the tables of the benchmarks"
 	@echo "make bench-peers  the same for programs on Celery, arq and DBOS, which it installs"
@@ -70,12 +71,13 @@ chaos: $(VENV)/.dev
 screenshots: $(VENV)/.dev
 	@$(BIN)/python -m tests.browser.screenshots
 
-check: $(VENV)/.dev $(VENV)/.node
+check: lint test
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST)
 
 coverage: $(VENV)/.dev $(VENV)/.node
 	$(PYTEST) --cov --cov-report=
@@ -146,7 +148,7 @@ $(VENV)/.peers: $(PEERS)/requirements.lock | $(VENV)/.run
 	  install --no-deps --require-hashes -r $<
 	@touch $@
 
-$(VENV)/.pictures: requirements.lock $(VENV)/.dev
+$(VENV)/.pictures: requirements.lock $(VENV)/.run
 	@echo "fetching Pillow's test images into $(VENV)/pictures ..."
 	@rm -rf $(VENV)/pictures && mkdir -p $(VENV)/pictures
 	@sed -n '/^pillow==/,/[^\\]$$/p' requirements.lock >$(VENV)/pictures/wanted.txt
