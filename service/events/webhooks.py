@@ -13,7 +13,7 @@ from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
 from service.net.egress_client import Egress
-from service.net.retry_after import retry_after
+from service.net.responses import retry_after
 from service.ops import tracing
 from service.resources import Resources
 from service.signing import sign_webhook

@@ -36,7 +36,7 @@ from service.images.downloads import (
 from service.images.validated_image import InvalidImage, Validation
 from service.images.validator import ImageValidator
 from service.links import is_data, usable
-from service.net.retry_after import retry_after
+from service.net.responses import retry_after
 from service.ops import tracing
 from service.ops.tracing import NO_ORIGIN
 from service.queue import leases

@@ -19,7 +19,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # These series begin at 0, because Prometheus sees no increase in the first value of a series.
 VERDICTS = ("accepted", "duplicate", "conflict", "unreadable", "unknown", "wrong_token")
-STAGES = [
+STAGES = (
     "inbox",
     "submit",
     "settle",
@@ -29,7 +29,7 @@ STAGES = [
     "redeliver",
     "replay",
     "claim",
-]
+)
 
 
 class Table:

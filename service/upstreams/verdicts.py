@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected, type_of
 from service.links import is_data, usable
-from service.net.responses import Response
-from service.net.retry_after import retry_after
+from service.net.responses import Response, retry_after
 from service.upstreams.base import (
     Accepted,
     Finished,

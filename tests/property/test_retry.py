@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.net.retry_after import retry_after
+from service.net.responses import retry_after
 from service.queue.backoff import (
     confirm_wait,
     fault_wait,

@@ -4,7 +4,7 @@ from email.utils import formatdate
 
 import pytest
 
-from service.net.retry_after import retry_after
+from service.net.responses import retry_after
 from service.queue.backoff import (
     confirm_wait,
     fault_wait,

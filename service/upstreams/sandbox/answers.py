@@ -1,12 +1,20 @@
-"""The sandbox's responses: JSON, the documented errors, a gateway's pages."""
+"""The sandbox's responses: JSON, the documented errors, a gateway's pages. They may break the rules
+of HTTP.
+"""
 
+import asyncio
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from operator import attrgetter
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service.errors import type_of
+
+LINGER_S = 60.0  # how long a slow client may read before the connection ends
 
 HTTP_ERRORS: Mapping[int, str] = {
     400: "invalid_parameter",
@@ -99,12 +107,55 @@ class ErrorPage:
         return error_answer(self.status, code, "asked for by a fault", headers=headers)
 
 
-def ranged(answer: Answer, header: str) -> Answer:
-    """The answer from the first byte of an open range. Other ranges are ignored."""
-    size, match = len(answer.body), re.fullmatch(r"bytes=([0-9]{1,18})-", header)
-    if answer.status != 200 or match is None:
-        return answer
-    if (start := int(match[1])) >= size:
-        return replace(answer, status=416, body=b"", headers={"content-range": f"bytes */{size}"})
-    headers = {**answer.headers, "content-range": f"bytes {start}-{size - 1}/{size}"}
-    return replace(answer, status=206, body=answer.body[start:], headers=headers)
+class AnswerResponse(Response):
+    """An `Answer` as a response of Starlette."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._announced = max(0, len(answer.body) + answer.excess)
+        headers = {**answer.headers, "content-length": str(self._announced)}
+        super().__init__(answer.body, answer.status, headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer, announced = self._answer, self._announced
+        if answer.wait and await disconnected(receive, answer.wait):
+            return
+        if answer.lost:
+            await hang_up(receive)
+            return
+        body = answer.body[: answer.cut]
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        if answer.stall:
+            first = body[: min(len(body) // 2, announced)]
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            if await disconnected(receive, answer.stall):
+                return
+            body, announced = body[len(first) :], announced - len(first)
+        honest = len(body) == announced or scope["method"] == "HEAD"
+        await send(
+            {"type": "http.response.body", "body": body[:announced], "more_body": not honest}
+        )
+        if not honest:
+            await hang_up(receive, body[announced:])
+
+
+async def disconnected(receive: Receive, seconds: float) -> bool:
+    """Waits, and returns True as soon as the client disconnects, so that a stop need not wait."""
+    try:
+        async with asyncio.timeout(seconds):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+    except TimeoutError:
+        return False
+    return True
+
+
+async def hang_up(receive: Receive, last: bytes = b"") -> None:
+    """Writes `last` and ends the connection on uvicorn's transport. ASGI cannot do that."""
+    transport: asyncio.Transport = attrgetter("__self__.transport")(receive)
+    if not transport.is_closing():
+        transport.write(last)
+        transport.close()
+    await disconnected(receive, LINGER_S)

@@ -17,7 +17,13 @@ from starlette.routing import Route
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.net.egress_client import Egress, Rules
 from service.upstreams.catalogue_images import image_complaint
-from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer, ranged
+from service.upstreams.sandbox.answers import (
+    HTTP_ERRORS,
+    Answer,
+    AnswerResponse,
+    error_answer,
+    json_answer,
+)
 from service.upstreams.sandbox.callback_sender import CallbackSender
 from service.upstreams.sandbox.checks import (
     MAX_BODY,
@@ -48,7 +54,6 @@ from service.upstreams.sandbox.lifecycle import (
 from service.upstreams.sandbox.options import SandboxOptions
 from service.upstreams.sandbox.renderer import FORMATS, draw
 from service.upstreams.sandbox.sandbox_files import SandboxFiles, file_routes
-from service.upstreams.sandbox.wire import AnswerResponse
 
 # The sandbox accepts a callback URL without its address after this time. Each attempt checks it.
 LOOKUP_S = 3.0
@@ -184,7 +189,7 @@ class Sandbox:
             answer = Answer(200, content, {"content-type": FORMATS[task.format]})
             if counted.before < task.faults.get("file_times", math.inf):
                 answer = applied("file", task.faults, counted, answer)
-            return ranged(answer, request.headers.get("range", ""))
+            return answer
 
         return AnswerResponse(await asyncio.to_thread(drawn_file))
 

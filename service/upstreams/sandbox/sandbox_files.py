@@ -16,8 +16,14 @@ from starlette.routing import Route
 from service.errors import ApiError, ConnectionLost, EgressError
 from service.net.egress_client import Egress
 from service.strict_json import JSON
-from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded, json_answer
-from service.upstreams.sandbox.checks import invalid
+from service.upstreams.sandbox.answers import (
+    Answer,
+    AnswerResponse,
+    ErrorPage,
+    encoded,
+    json_answer,
+)
+from service.upstreams.sandbox.checks import invalid, read_body
 from service.upstreams.sandbox.faults import Faults
 from service.upstreams.sandbox.upload_requests import (
     MAX_FILE,
@@ -29,11 +35,9 @@ from service.upstreams.sandbox.upload_requests import (
     UploadRequest,
     read_base64,
     read_form,
-    read_object,
     request_of,
     text,
 )
-from service.upstreams.sandbox.wire import AnswerResponse
 
 MAX_FILES = 100
 FETCH_S = 30.0
@@ -117,14 +121,16 @@ class SandboxFiles:
         size = int(request.query_params.get("pageSize", 20))
         files = self.all()[::-1]
         shown = [document(file, request) for file in files[(number - 1) * size :][:size]]
-        return success({"files": shown, "total": len(files), "page": number, "pageSize": size})
+        return AnswerResponse(
+            success({"files": shown, "total": len(files), "page": number, "pageSize": size})
+        )
 
     async def quota(self, request: Request) -> Response:
         self.authorise(request)
         used = len(self.all())
         left = {"max_files": MAX_FILES, "remain_files": MAX_FILES - used}
         shown = {"user_group": "default", "total_files": used, "used_files": used}
-        return success({**shown, **left})
+        return AnswerResponse(success({**shown, **left}))
 
     async def delete(self, request: Request) -> Response:
         self.authorise(request)
@@ -132,7 +138,7 @@ class SandboxFiles:
         if file is None:
             return failure(404, 404, "the file does not exist or has expired")
         del self.stored[file.folder, file.name]
-        return success({"file_id": file.id})
+        return AnswerResponse(success({"file_id": file.id}))
 
     async def content(self, request: Request) -> Response:
         """The public link of a file."""
@@ -183,7 +189,7 @@ class SandboxFiles:
             answer = self._page(faults.get("upload_status"))
             if answer is None:
                 file = self._put(upload, faults.get("upload_ttl", self.life_s))
-                answer = success_answer(document(file, request))
+                answer = success(document(file, request))
                 answer = replace(answer, lost=faults.get("lose_upload", False))
         except FileRefused as refusal:
             return failure(refusal.status, refusal.code, refusal.message)
@@ -203,7 +209,7 @@ class SandboxFiles:
         return replace(answer, body=encoded(refused_document(int(page.code or 0), "by a fault")))
 
     async def _fetched(self, request: Request) -> UploadRequest:
-        body = await read_object(request)
+        body = read_body(await request.body())
         try:
             answer = await self.egress.request(
                 "GET", text(body, "file_url"), timeout=FETCH_S, max_bytes=MAX_FILE + 1
@@ -264,12 +270,8 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def success_answer(data: JSON) -> Answer:
+def success(data: JSON) -> Answer:
     return json_answer(200, {"success": True, "code": 200, "msg": "success", "data": data})
-
-
-def success(data: JSON) -> Response:
-    return AnswerResponse(success_answer(data))
 
 
 def refused_document(code: int, message: str) -> JSON:

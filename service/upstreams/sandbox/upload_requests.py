@@ -10,7 +10,7 @@ from starlette.requests import Request
 from service.errors import ApiError
 from service.net.multipart import MultipartForm
 from service.strict_json import JSON
-from service.upstreams.sandbox.checks import invalid
+from service.upstreams.sandbox.checks import invalid, read_body
 
 MAX_FILE = 100 << 20
 TOO_LARGE, WRONG_TYPE, NO_QUOTA, NOT_FETCHED = 40001, 40002, 40003, 40004
@@ -51,7 +51,7 @@ async def read_form(request: Request) -> UploadRequest:
     except ValueError as error:
         raise ApiError(400, "invalid_request", str(error)) from None
     if "file" not in parts:
-        raise ApiError(400, "invalid_parameter", "file is required", param="file")
+        raise invalid("file", "file is required")
     given = {name: parts.get(name, b"").decode("utf-8", "replace") for name in FORM_NAMES}
     try:
         asked = json.loads(given["sandbox"] or "null")
@@ -61,7 +61,7 @@ async def read_form(request: Request) -> UploadRequest:
 
 
 async def read_base64(request: Request) -> UploadRequest:
-    body = await read_object(request)
+    body = read_body(await request.body())
     data = text(body, "base64_data")
     try:
         content = base64.b64decode(data.partition(",")[2] if "," in data else data, validate=True)
@@ -70,20 +70,10 @@ async def read_base64(request: Request) -> UploadRequest:
     return request_of(body, content)
 
 
-async def read_object(request: Request) -> JSON:
-    try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise ApiError(400, "invalid_request", "the body must be a JSON object")
-    return body
-
-
 def text(body: JSON, name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value:
-        raise ApiError(400, "invalid_parameter", f"{name} is required", param=name)
+        raise invalid(name, f"{name} is required")
     return value
 
 

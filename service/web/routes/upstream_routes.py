@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from service.errors import ApiError
 from service.net.responses import Response as UpstreamResponse
-from service.net.retry_after import retry_after
+from service.net.responses import retry_after
 from service.strict_json import JSON
 from service.tasks import task_queries
 from service.tasks.account_breaker import CREDITS, note_credits

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.ops import logging
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
-from service.upstreams.sandbox.wire import hang_up
+from service.upstreams.sandbox.answers import hang_up
 from service.web.server import Server, bind, listening, stopping
 from tests.api import SUBMIT
 from tests.environment import START_S, clean_environment
