@@ -2,10 +2,7 @@
 This module imports nothing from the service.
 """
 
-import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -73,12 +70,3 @@ class Said(Scripted):
     def filled(self, body: bytes, id: str) -> bytes:
         link = f"{self.url}/files/{id}".encode()
         return body.replace(b"$LINK", link).replace(b"$ID", id.encode())
-
-
-@asynccontextmanager
-async def said(image: bytes) -> AsyncIterator[Said]:
-    made = Said(image)
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0, limit=1 << 20)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server:
-        yield made

@@ -9,16 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from uuid import uuid4
 
 import httpx
 import pytest
 
-from tests.environment import STOP_S
-
-ROOT = Path(__file__).parents[1]
+from tests.environment import ROOT, STOP_S
 
 
 @contextmanager

@@ -9,8 +9,10 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 Write = Callable[[bytes], bytes]
+Made = TypeVar("Made", bound="Scripted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +255,8 @@ class Scripted:
 
 
 @asynccontextmanager
-async def scripted(image: bytes) -> AsyncIterator[Scripted]:
-    made = Scripted(image)
+async def scripted(made: Made) -> AsyncIterator[Made]:
+    """Serves its answers."""
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
     made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:

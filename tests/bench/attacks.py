@@ -5,17 +5,12 @@ to them in turns. The time in which a service waited for a processor does not co
 attackers share the cores with it.
 """
 
-import argparse
 import asyncio
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.attack.attacks import ATTACKS, attacked_and_calm
-from tests.bench.program import spread
-from tests.environment import ROOT
-
-ROUNDS = 9
+from tests.bench.program import run, spread
 
 
 async def measured(
@@ -40,16 +35,11 @@ def row(name: str, times: Sequence[tuple[float, float]]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.attacks")
-    options.add_argument("--rounds", type=int, default=ROUNDS)
-    options.add_argument("--only", choices=ATTACKS, nargs="+", default=list(ATTACKS))
-    asked = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=ROOT) as folder:
-        found = asyncio.run(measured(Path(folder), asked.rounds, asked.only))
-    print("| p99 of a callback, ms | under attack | in peace | factor |\n|---|---|---|---|")
-    print("\n".join(row(name, times) for name, times in found.items()))
+def attacks(folder: Path, rounds: int, quick: bool) -> str:
+    found = asyncio.run(measured(folder, rounds, ["documents"] if quick else list(ATTACKS)))
+    head = ["| p99 of a callback, ms | under attack | in peace | factor |", "|---|---|---|---|"]
+    return "\n".join([*head, *(row(name, times) for name, times in found.items())])
 
 
 if __name__ == "__main__":
-    main()
+    run("python -m tests.bench.attacks", "attacks", attacks)

@@ -59,13 +59,13 @@ def python_and_linux() -> str:
 
 
 def written(page: str, table: str, mark: str = "bench") -> str:
-    """The page with the table between the markers of that name. Raises ValueError if the page has
-    no such markers.
+    """The page with the table between the markers of that name. Raises ValueError unless the page
+    has them once.
     """
     before, start, rest = page.partition(f"<!-- {mark} -->")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
-    if not start or not end:
-        raise ValueError(f"the page has no {mark} markers")
+    if not start or not end or f"<!-- {mark} -->" in after:
+        raise ValueError(f"the page has not one pair of {mark} markers")
     return f"{before}{start}\n{table}\n{end}{after}"
 
 

@@ -5,9 +5,7 @@ Two services emit one event after the other to one subscriber, in turns. One of 
 thousand endpoints of other owners that accept a connection and never answer.
 """
 
-import argparse
 import asyncio
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,14 +18,13 @@ from service.backends import DELIVERIES
 from service.db.batching import BatchingStore
 from service.events.endpoints import NewEndpointRow, insert_endpoints
 from service.ops import logging
-from tests.bench.program import spread
-from tests.environment import ROOT
+from tests.bench.program import run, spread
 from tests.outbox import emitted
 from tests.silence import silence
 from tests.waiting import wait_until
 from tests.world import Received, World, subscriber, world
 
-SILENT, EVENTS, MEASURED, ROUNDS = 1000, 3, 50, 9
+SILENT, EVENTS, MEASURED = 1000, 3, 50
 
 
 async def subscribe(here: World, owner: str, url: str, count: int) -> None:
@@ -112,18 +109,15 @@ async def measured(folder: Path, attackers: int, rounds: int) -> str:
     return f"| {SILENT} silent endpoints of {attackers} owners | {' | '.join(cells)} |"
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.silent_endpoints")
-    options.add_argument("--rounds", type=int, default=ROUNDS)
-    options.add_argument("--owners", type=int, nargs="+", default=[1, 10])
-    asked = options.parse_args()
+def silent_endpoints(folder: Path, rounds: int, quick: bool) -> str:
+    columns = "beside them | without them | factor"
+    lines = [f"| p99 from event to arrival, ms | {columns} |", "|---|---|---|---|"]
     logging.configure("json", "error")
-    print("| p99 from event to arrival, ms | beside them | without them | factor |")
-    print("|---|---|---|---|")
-    for attackers in asked.owners:
-        with tempfile.TemporaryDirectory(prefix="data-bench-", dir=ROOT) as folder:
-            print(asyncio.run(measured(Path(folder), attackers, asked.rounds)))
+    for attackers in (10,) if quick else (1, 10):
+        place = folder / str(attackers)
+        lines.append(asyncio.run(measured(place, attackers, rounds)))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    run("python -m tests.bench.silent_endpoints", "silent-endpoints", silent_endpoints)

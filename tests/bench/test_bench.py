@@ -65,11 +65,10 @@ def test_the_benchmark_of_deliveries_fills_its_table(tmp_path: Path) -> None:
 def test_the_benchmark_of_attacks_runs() -> None:
     """Each attack has a row. So has each number of owners with silent endpoints."""
     figures = r"\|( \d+\.\d \|){3}$"
-    done = run_module("tests.bench.attacks", "--rounds", "1", "--only", "documents", limit_s=280)
+    done = run_module("tests.bench.attacks", "--quick", limit_s=280)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^\| documents {figures}", done.stdout, re.MULTILINE)
-    arguments = ("--rounds", "1", "--owners", "10")
-    done = run_module("tests.bench.silent_endpoints", *arguments, limit_s=280)
+    done = run_module("tests.bench.silent_endpoints", "--quick", limit_s=280)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^\| 1000 [^|]* 10 owners {figures}", done.stdout, re.MULTILINE)
 

@@ -27,6 +27,7 @@ from service.upstreams.catalogue import load_catalogue
 from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
+from tests.bench.program import written
 from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
 from tests.docs.bounds import bounds_table
 from tests.docs.client_journeys import clients_table
@@ -215,25 +216,11 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
 )
 
 
-def section(text: str, name: str) -> re.Match[str]:
-    """The text between a section's markers, as `body`. AssertionError unless the page has the
-    markers exactly once.
-    """
-    found = list(
-        re.finditer(
-            rf"(?P<open><!-- {name} -->\n)(?P<body>.*?)(?P<close><!-- /{name} -->)", text, re.DOTALL
-        )
-    )
-    assert len(found) == 1, f"the page has {len(found)} sections <!-- {name} --> … <!-- /{name} -->"
-    return found[0]
-
-
 def rendered(text: str, page: str) -> str:
     """The text of a page with every table of that page as the code has it."""
     for name, (home, table) in SECTIONS.items():
         if home == page:
-            place = section(text, name)
-            text = f"{text[: place.start('body')]}{table().strip()}\n{text[place.end('body') :]}"
+            text = written(text, table().strip(), name)
     return text
 
 

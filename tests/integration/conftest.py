@@ -10,8 +10,9 @@ import pytest
 from service.app import Role
 from service.events import replays
 from service.queue import worker
-from tests.partial import Said, said
+from tests.partial import Said
 from tests.servers import postgres_database
+from tests.untidy import scripted
 from tests.upstream import Upstream, Watched, picture
 from tests.world import Subscriber, World, subscriber, world
 
@@ -61,7 +62,7 @@ def upstream() -> Upstream:
 @pytest.fixture(scope="module")
 async def server() -> AsyncIterator[Said]:
     """An upstream whose answers the tests write as bytes."""
-    async with said(picture()) as made:
+    async with scripted(Said(picture())) as made:
         yield made
 
 

@@ -17,7 +17,7 @@ from service.queue import worker
 from tests.api import got, reached
 from tests.callbacks import raw
 from tests.outbox import emitted
-from tests.untidy import LENGTH, Shape, response, scripted
+from tests.untidy import LENGTH, Scripted, Shape, response, scripted
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, World, subscriber, world
 
@@ -212,7 +212,7 @@ async def test_what_waits_for_a_raw_socket_is_sent_at_once(here: World, kind: st
     """
     name = re.sub("[^a-z0-9]", "-", f"raw-{kind.lower()}")
     place = ("receiver", name)
-    async with scripted(b"") as server, here.owner(name=name) as client:
+    async with scripted(Scripted(b"")) as server, here.owner(name=name) as client:
         server.shapes[place] = WIRE[kind]
         body = {"url": f"{server.url}/hooks/{name}"}
         endpoint = got(await client.post("/v1/endpoints", json=body), 201)["id"]

@@ -44,7 +44,7 @@ SECOND = response(LENGTH)(b'{"id": "smuggled"}')
 
 @pytest.fixture(scope="module")
 async def server() -> AsyncIterator[Scripted]:
-    async with scripted(picture()) as made:
+    async with scripted(Scripted(picture())) as made:
         yield made
 
 
@@ -279,7 +279,7 @@ async def test_bytes_that_come_later_close_an_idle_connection() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in ALL if ALL[kind].tidy])
 async def test_a_tidy_response_keeps_its_connection(kind: str) -> None:
     """A limit that is only usual costs no connection."""
-    async with scripted(picture()) as server, Egress(LOOPBACK, keep_alive=60) as egress:
+    async with scripted(Scripted(picture())) as server, Egress(LOOPBACK, keep_alive=60) as egress:
         server.shapes["receiver", "tidy"] = ALL[kind]
         for _ in range(3):
             got = await egress.request("POST", f"{server.url}/hooks/tidy", timeout=30)
