@@ -19,8 +19,7 @@ from service.upstreams.base import (
 )
 from service.upstreams.large_answers import LargeAnswers, judged
 from service.upstreams.lenient import USUAL_BYTES, text_of
-from service.upstreams.reports import parse_task
-from service.upstreams.result_links import inline_content
+from service.upstreams.reports import inline_content, parse_task
 from service.upstreams.verdicts import (
     classify_query,
     classify_submit,

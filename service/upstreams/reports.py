@@ -1,17 +1,42 @@
-"""Reports in the documents of an upstream. A value that is missing or malformed is None."""
+"""Reports in the documents of an upstream, with the links of results in every shape in which
+upstreams have sent them. A value that is missing or malformed is None.
+"""
 
 import re
+from itertools import islice
 
 from service.credits import millionths
 from service.ids import UPSTREAM_ID
+from service.links import data_of, stored_form, trimmed, usable
 from service.strict_json import JSON, storable
 from service.upstreams.base import Report, Status
-from service.upstreams.lenient import number_of, section_of, status_of, task_of, text_of
-from service.upstreams.result_links import result_links
+from service.upstreams.lenient import (
+    INLINE,
+    INLINE_URLS,
+    base64_link,
+    document_of,
+    inline_url,
+    link_of,
+    number_of,
+    section_of,
+    status_of,
+    task_of,
+    text_of,
+)
 
 MESSAGE, WORD = 2000, 64  # characters kept of a message and of a short word
 # Seconds. A task is queried after twice its estimate, well within the day that EvoLink keeps it.
 LONGEST_ESTIMATE = 6 * 3600
+RESULTS = 64  # links of a task
+# Where links have been found, the documented place first, and their names inside an object. `url`
+# and `image_url` beside the status may be something else, such as an input.
+PLACES = (
+    *("results", "result_data", "result", "result_urls", "result_url", "output_url", "file_url"),
+    *("data", "output", "images"),
+)
+NAMES = ("url", "image_url", *PLACES, "image", "urls", "uri", "link", "download_url")
+BASE64 = ("b64_json", "base64")  # as `lenient.INLINE` has them
+DEPTH = 8  # of lists and objects around a link
 
 
 def code_of(value: object) -> str | None:
@@ -79,3 +104,53 @@ def parse_task(body: bytes) -> Report | None:
     if document is None or not isinstance(word, str) or storable(word) != word:
         return None
     return report_of(document)
+
+
+def result_links(document: JSON) -> tuple[str, ...]:
+    """The results in order. A result without a link becomes "", so that no image is missing without
+    a trace. A `data:` URL becomes its short form.
+    """
+    found = [links for place in PLACES if (links := _links_in(document.get(place)))]
+    best = next((links for links in found if any(map(usable, links))), found[0] if found else [])
+    return tuple(map(stored_form, best[:RESULTS]))
+
+
+def inline_content(body: bytes, link: str) -> bytes | None:
+    """The content of the `data:` URL with this short form in a document. None: it is not there.
+    Raises ValueError if the URL has no content.
+    """
+    for match in islice(INLINE.finditer(body), INLINE_URLS):
+        url = inline_url(match)
+        if stored_form(url) == link:
+            return data_of(url)
+    return None
+
+
+def _links_in(value: object, depth: int = DEPTH) -> list[str]:
+    """The links in a text, in an object, or in a list of these. An entry of a list has at least
+    one, which may be "".
+    """
+    if not depth or not value:
+        return []
+    if isinstance(value, list):
+        entries = [_links_in(entry, depth - 1) or [""] for entry in value[:RESULTS]]
+        return [link for links in entries for link in links]
+    if isinstance(value, dict):
+        for name in NAMES:
+            if links := _links_in(value.get(name), depth - 1):
+                return links
+        for name in BASE64:
+            if isinstance(text := value.get(name), str) and text:
+                return [base64_link(text)]
+        numbered = [each for name, each in value.items() if name.isdecimal()]
+        return _links_in(numbered, depth - 1)
+    return _links_in_text(value, depth) if isinstance(value, str) else []
+
+
+def _links_in_text(text: str, depth: int) -> list[str]:
+    link = trimmed(text)
+    if link[:1] in ("[", "{"):  # JSON in a text
+        inner = document_of(b'{"results":%b}' % link.encode("utf-8", "replace"))
+        return _links_in((inner or {}).get("results"), depth - 1)
+    link = link_of(link)
+    return [link] if link else []

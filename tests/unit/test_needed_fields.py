@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.upstreams import needed_fields
-from service.upstreams.needed_fields import FIELDS, LEVELS, LONG, needed_part
-from service.upstreams.result_links import NAMES, PLACES
+from service.upstreams import lenient
+from service.upstreams.lenient import FIELDS, LEVELS, LONG, needed_part
+from service.upstreams.reports import NAMES, PLACES
 
 NEEDED = ["id", "status", "results", "url", "data", "0"]
 KEYS = st.sampled_from([*NEEDED, "x", "meta", 'quo"te', "b\\", "ü", "[{"])
@@ -48,7 +48,7 @@ def test_the_part_is_the_document_without_what_is_left_out(
     """It is JSON, whatever is left out, and ends with the object."""
     body = json.dumps(document, indent=indent).encode() + rest
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(needed_fields, "LEVELS", levels)
+        patch.setattr(lenient, "LEVELS", levels)
         part = json.loads(needed_part(body))
     assert without_marks(part) == expected(document, levels)
 
