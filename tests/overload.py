@@ -22,6 +22,7 @@ from typing import Any
 from service.signing import Keyring
 from service.web.server import allow_descriptors
 from tests.bench.acknowledgement import SECRET_KEY
+from tests.bench.load import request_bytes
 
 PATIENCE_S, AGAIN_S = 10.0, (1.0, 2.0, 4.0)
 
@@ -32,12 +33,6 @@ def callback(task_id: str) -> dict[str, str]:
     error = {"code": "service_error", "message": "no", "type": "task_error"}
     body = {"id": f"upstream-{task_id}", "status": "failed", "error": error}
     return {"path": f"/callbacks/evolink/{task_id}/{token}", "body": json.dumps(body)}
-
-
-def request_bytes(path: str, body: str) -> bytes:
-    return (
-        f"POST {path} HTTP/1.1\r\nhost: burst\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}"
-    ).encode()
 
 
 class Connection:
@@ -61,10 +56,8 @@ class Connection:
         if len(body) < length:
             return None
         self.got = b""
-        return (
-            f"{head.split()[1].decode()}"
-            f" {body.decode() if head.startswith(b'HTTP/1.1 200') else ''}"
-        ).strip()
+        status = head.split()[1].decode()
+        return f"{status} {body.decode()}" if status == "200" else status
 
 
 class Burst:
@@ -107,15 +100,8 @@ class Burst:
             if connection.requests:
                 self.begin(connection.requests)
         else:
-            heappush(
-                self.due,
-                (
-                    perf_counter() + AGAIN_S[connection.tries],
-                    id(connection),
-                    connection.requests,
-                    connection.tries + 1,
-                ),
-            )
+            at, tries = perf_counter() + AGAIN_S[connection.tries], connection.tries + 1
+            heappush(self.due, (at, id(connection), connection.requests, tries))
 
     def happened(self, connection: Connection, event: int) -> None:
         try:
@@ -145,24 +131,17 @@ class Burst:
             self.turn()
             if perf_counter() - looked > 0.1:
                 looked = perf_counter()
-                for connection in [
-                    each for each in self.open.values() if looked - each.began > PATIENCE_S
-                ]:
-                    self.met(connection, "timeout")
+                for connection in list(self.open.values()):
+                    if looked - connection.began > PATIENCE_S:
+                        self.met(connection, "timeout")
         return self.told(perf_counter() - began)
 
     def told(self, whole: float) -> dict[str, Any]:
         self.took.sort()
         p50, p99 = (self.took[int(share * (len(self.took) - 1))] for share in (0.5, 0.99))
         answered = sum(count for what, count in self.seen.items() if what.startswith("200"))
-        figures = {
-            "p50": p50,
-            "p99": p99,
-            "max": self.took[-1],
-            "seconds": whole,
-            "rate": answered / whole,
-        }
-        return {"seen": dict(self.seen), "lost": self.lost, **figures}
+        figures = {"p50": p50, "p99": p99, "max": self.took[-1], "seconds": whole}
+        return {"seen": dict(self.seen), "lost": self.lost, "rate": answered / whole, **figures}
 
 
 def burst(address: str, requests: Sequence[bytes], connections: int) -> dict[str, Any]:

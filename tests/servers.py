@@ -126,9 +126,7 @@ class PostgresServer:
         self.run("pg_ctl", "-w", "-t", "300", "-l", str(self.folder / "log"), *arguments)
 
     def create(self) -> None:
-        self.run(
-            "initdb", *["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
-        )
+        self.run("initdb", *INITDB.split())
 
     def start(self) -> None:
         where = f"127.0.0.1 -c port={self.port}" if self.port else ""

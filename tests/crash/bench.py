@@ -14,10 +14,11 @@ from pathlib import Path
 import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import SUBMIT
+from tests.crash.chaos.upstream import Again
 from tests.environment import START_S
 from tests.launcher import Launched, Launcher, borrowed
 from tests.processes import ADMIN_KEY, LOOPBACK, UPSTREAM_KEY
@@ -55,12 +56,8 @@ class Upstream:
             await self.app(scope, receive, send)
             return
         request = Request(scope, receive)
-        body, unread = await request.body(), [1]
-
-        async def again() -> Message:
-            whole = {"type": "http.request", "body": body}
-            return whole if unread and unread.pop() else await receive()
-
+        body = await request.body()
+        again = Again(receive, body).receive
         if scope["path"] == UPLOAD:
             if any(file in body for file in self.full):
                 await JSONResponse({"success": False, "code": 40003}, 403)(scope, again, send)

@@ -46,11 +46,8 @@ class Again:
         self._receive, self._unread = receive, [body]
 
     async def receive(self) -> Message:
-        return (
-            {"type": "http.request", "body": self._unread.pop()}
-            if self._unread
-            else await self._receive()
-        )
+        body = self._unread.pop() if self._unread else None
+        return await self._receive() if body is None else {"type": "http.request", "body": body}
 
 
 class Noting:
