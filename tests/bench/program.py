@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tests.bench.processes import CORES
@@ -56,6 +56,12 @@ MEDIANS = "Medians of the rounds, with the least and the most."
 def python_and_linux() -> str:
     linux = platform.release().partition("-")[0]
     return f"{len(CORES)} cores, Python {platform.python_version()}, Linux {linux}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def written(page: str, table: str, mark: str = "bench") -> str:

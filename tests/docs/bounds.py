@@ -13,6 +13,7 @@ from service.upstreams.lenient import USUAL_BYTES
 from service.web import auth, bodies, key_shares, overload, server, server_protocol, unsent
 from service.web.list_page import PIECE
 from service.web.routes import callback_route, task_routes, upstream_file_routes
+from tests.bench.program import markdown
 
 HOOKS = DELIVERIES + REDELIVERIES + overload.MANUAL
 KEY_WAITS = "`DARKROOM_KEY_WAITS`"
@@ -103,10 +104,4 @@ def at_work() -> dict[str, str]:
 
 def bounds_table() -> str:
     rows = {**arriving(), **waiting(), **at_work()}
-    return "\n".join(
-        [
-            "| what | bound |",
-            "|---|---|",
-            *(f"| {what} | {bound} |" for what, bound in rows.items()),
-        ]
-    )
+    return markdown(("what", "bound"), rows.items())

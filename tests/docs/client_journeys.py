@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.sbom import locked
+from tests.bench.program import markdown
 
 ROOT = Path(__file__).parents[2]
 PYPI, NPM = "requirements-dev.lock", "tests/consumers/package-lock.json"
@@ -29,11 +30,11 @@ class Client:
     package: str = ""
     version: str = "–"
 
-    def row(self) -> str:
+    def row(self) -> tuple[str, ...]:
         runs = f"from {'npm' if self.lock == NPM else 'PyPI'}" if self.lock else "our own program"
         version = self.version if self.lock is None else version_of(self.lock, self.package)
         files = ", ".join(f"`tests/{file}`" for file in self.tests)
-        return f"| {self.name} | {version} | {runs} | {self.journey} | {files} |"
+        return self.name, version, runs, self.journey, files
 
 
 TOOLS = "consumers/test_tool_server.py"
@@ -191,5 +192,5 @@ def version_of(lock: str, package: str) -> str:
 
 
 def clients_table() -> str:
-    rows = ["| client | version | run | journey | test |", "|---|---|---|---|---|"]
-    return "\n".join([*rows, *(client.row() for client in CLIENTS)])
+    heads = ("client", "version", "run", "journey", "test")
+    return markdown(heads, (client.row() for client in CLIENTS))

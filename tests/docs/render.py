@@ -27,7 +27,7 @@ from service.upstreams.catalogue import load_catalogue
 from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
-from tests.bench.program import written
+from tests.bench.program import markdown, written
 from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
 from tests.docs.bounds import bounds_table
 from tests.docs.client_journeys import clients_table
@@ -48,23 +48,22 @@ def first_help() -> str:
 
 def routes_table() -> str:
     """Every operation, in the order of the table of routes."""
-    rows = ["| request | scope | response |", "|---|---|---|"]
+    rows = []
     for spec in SPECS:
         query = f"?{'&'.join(f'{name}=' for name in spec.query)}" if spec.query else ""
         scopes = " or ".join(f"`{scope}`" for scope in spec.scopes) or "no key"
-        rows.append(
-            f"| `{spec.method} {spec.path}{query}` | {scopes} | {spec.status}: {spec.summary} |"
-        )
-    return "\n".join(rows)
+        request = f"`{spec.method} {spec.path}{query}`"
+        rows.append((request, scopes, f"{spec.status}: {spec.summary}"))
+    return markdown(("request", "scope", "response"), rows)
 
 
 def metrics_table() -> str:
     """Every metric under its exposed name. A histogram has the common prefix of its series."""
-    rows = ["| metric | kind | meaning |", "|---|---|---|"]
+    rows = []
     for family in Metrics().registry.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
-        rows.append(f"| `{name}{labels_of(name)}` | {family.type} | {family.documentation} |")
-    return "\n".join(rows)
+        rows.append((f"`{name}{labels_of(name)}`", family.type, family.documentation))
+    return markdown(("metric", "kind", "meaning"), rows)
 
 
 def labels_of(name: str) -> str:
@@ -87,13 +86,13 @@ def commands(command: Any, name: str = "darkroom") -> Iterator[tuple[str, Any]]:
 
 def commands_table() -> str:
     """Every command with its arguments and options, except `--help` and those that say where."""
-    rows = ["| command | does |", "|---|---|"]
+    rows = []
     for name, command in commands(get_command(program)):
         common = ("help", "at_url", "at_local")
         takes = [usage(each) for each in command.params if each.name not in common]
         about = " ".join(command.help.split("\n\n")[0].split())
-        rows.append(f"| `{' '.join([name, *takes])}` | {about} |")
-    return "\n".join(rows)
+        rows.append((f"`{' '.join([name, *takes])}`", about))
+    return markdown(("command", "does"), rows)
 
 
 def usage(parameter: Any) -> str:
@@ -120,7 +119,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
 
 def settings_table() -> str:
     """Every setting, in the order of the fields. The text below a field is its meaning."""
-    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    rows = []
     body = ast.parse(dedent(inspect.getsource(Settings))).body[0].body  # type: ignore[attr-defined]
     for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -128,17 +127,15 @@ def settings_table() -> str:
             value = log_value(Settings.model_fields[name].default)
             usual = "unset" if value is None else f"`{value}`".lower() if value != "" else "empty"
             meaning = " ".join(ast.literal_eval(text.value).split())
-            rows.append(f"| `DARKROOM_{name.upper()}` | {DEFAULTS.get(name, usual)} | {meaning} |")
-    return "\n".join(rows)
+            rows.append((f"`DARKROOM_{name.upper()}`", DEFAULTS.get(name, usual), meaning))
+    return markdown(("variable", "default", "meaning"), rows)
 
 
 def log_lines_table() -> str:
     """Every log line with its own fields, below the fields that any line may have."""
     always, known = (", ".join(f"`{name}`" for name in names) for names in (ALWAYS, WHERE_KNOWN))
-    rows = [f"| `{name}` | {fields} |" for name, fields in LINES.items()]
-    return "\n".join(
-        ["| `event` | fields |", "|---|---|", f"| any | {always}, and if known {known} |", *rows]
-    )
+    rows = [(f"`{name}`", fields) for name, fields in LINES.items()]
+    return markdown(("`event`", "fields"), [("any", f"{always}, and if known {known}"), *rows])
 
 
 def log_schema_text() -> str:
@@ -152,44 +149,39 @@ def log_schema_text() -> str:
 def checkpoints_table() -> str:
     """Every checkpoint, and what follows when the process dies there."""
     effects = {**CHECKPOINTS, **INPUT_CHECKPOINTS}
-    rows = [f"| `{name}` | {effect} |" for name, effect in effects.items()]
-    return "\n".join(["| killed here | what happens |", "|---|---|", *rows])
+    rows = [(f"`{name}`", effect) for name, effect in effects.items()]
+    return markdown(("killed here", "what happens"), rows)
 
 
 def faults_table() -> str:
     """Every fault of the sandbox with the values that it takes."""
-    rows = ["| fault | value | effect |", "|---|---|---|"]
-    for name, fault in FAULTS.items():
-        rows.append(f"| `{name}` | {fault.takes.words} | {fault.about} |")
-    return "\n".join(rows)
+    rows = [(f"`{name}`", fault.takes.words, fault.about) for name, fault in FAULTS.items()]
+    return markdown(("fault", "value", "effect"), rows)
 
 
 def catalogue_table() -> str:
     """Every model of the catalogue with its most important limits and its price."""
-    rows = ["| model | edits | `n` | input images | sizes | price |", "|---|---|---|---|---|---|"]
+    rows = []
     for name in load_catalogue().models:
         row = model_row(load_catalogue().document(name))
-        cells = [f"`{name}`", *(row[each] or "–" for each in list(row)[1:])]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append([f"`{name}`", *(row[each] or "–" for each in list(row)[1:])])
+    return markdown(("model", "edits", "`n`", "input images", "sizes", "price"), rows)
 
 
 def doctor_table() -> str:
     """Every check of the doctor with the faults that it finds."""
-    rows = ["| check | finds |", "|---|---|"]
     found = (each for results in CHECKS.values() for each in results.items())
-    return "\n".join(rows + [f"| `{name}` | {faults} |" for name, faults in found])
+    return markdown(("check", "finds"), [(f"`{name}`", faults) for name, faults in found])
 
 
 def decisions_table() -> str:
     """Every decision, by its number and title."""
-    rows = ["| | decision |", "|---|---|"]
+    rows = []
     for path in sorted((DOCS / "decisions").glob("*.md")):
-        number, _, title = (
-            path.read_text("utf-8").splitlines()[0].removeprefix("# ").partition(". ")
-        )
-        rows.append(f"| {number} | [{title}](decisions/{path.name}) |")
-    return "\n".join(rows)
+        first = path.read_text("utf-8").splitlines()[0]
+        number, _, title = first.removeprefix("# ").partition(". ")
+        rows.append((number, f"[{title}](decisions/{path.name})"))
+    return markdown(("number", "decision"), rows)
 
 
 def documented(fields: str) -> set[str]:
