@@ -29,6 +29,7 @@ from tests.servers import (
     postgres_database,
     postgres_running,
 )
+from tests.stores import migrated_database
 
 HEAVY = {
     "crash",
@@ -114,6 +115,13 @@ def postgres_server() -> Iterator[str]:
             yield url
     else:
         missing("PostgreSQL", "DARKROOM_TEST_POSTGRES_URL")
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: str) -> Iterator[str]:
+    """The name of a database with the schema, to copy."""
+    with migrated_database(postgres_server) as name:
+        yield name
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ class Bench:
 
     folder: Path
     server: str
+    template: str  # what the databases are copies of
     upstream: Upstream
     upstream_url: str
     subscriber: Subscriber
@@ -105,7 +106,8 @@ class Bench:
 
     @asynccontextmanager
     async def database(self) -> AsyncIterator[str]:
-        manager = postgres_database(self.server)  # the fixture runs event loops of its own
+        # it runs event loops of its own
+        manager = postgres_database(self.server, self.template)
         async with self._creating:
             url = await asyncio.to_thread(manager.__enter__)
         try:
@@ -115,8 +117,8 @@ class Bench:
 
 
 @asynccontextmanager
-async def benches(folder: Path, server: str) -> AsyncIterator[Bench]:
+async def benches(folder: Path, server: str, template: str = "template1") -> AsyncIterator[Bench]:
     upstream = Upstream(create_sandbox(SANDBOX))
     with borrowed() as launcher:
         async with answering(upstream) as url, subscriber() as listening:
-            yield Bench(folder, server, upstream, url, listening, launcher)
+            yield Bench(folder, server, template, upstream, url, listening, launcher)

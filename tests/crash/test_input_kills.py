@@ -318,10 +318,10 @@ async def an_erasure_that_was_paused_is_complete(mortal: Mortal, point: str) -> 
 
 @pytest.fixture(scope="module")
 async def outcomes(
-    tmp_path_factory: pytest.TempPathFactory, postgres_server: str
+    tmp_path_factory: pytest.TempPathFactory, postgres_server: str, postgres_template: str
 ) -> AsyncIterator[dict[str, BaseException | None]]:
     folder, places = tmp_path_factory.mktemp("inputs"), asyncio.Semaphore(AT_ONCE)
-    async with benches(folder, postgres_server) as bench:
+    async with benches(folder, postgres_server, postgres_template) as bench:
 
         async def told(name: str) -> None:
             store, story = CASES[name]

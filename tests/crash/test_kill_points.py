@@ -67,11 +67,11 @@ pytestmark = pytest.mark.timeout(480)
 
 @pytest.fixture(scope="module")
 async def lives(
-    tmp_path_factory: pytest.TempPathFactory, postgres_server: str
+    tmp_path_factory: pytest.TempPathFactory, postgres_server: str, postgres_template: str
 ) -> AsyncIterator[Lives]:
     folder: Path = tmp_path_factory.mktemp("lives")
     cases, places = [*PAUSED, *KILLS], asyncio.Semaphore(AT_ONCE)
-    async with benches(folder, postgres_server) as bench:
+    async with benches(folder, postgres_server, postgres_template) as bench:
 
         async def one(case: Case) -> Ended:
             async with places:
