@@ -54,7 +54,7 @@ NAMES = [
 ]
 QUICK = {
     r"for: \d+\w": "for: 0s",
-    r"\[\d+[mh]\]": "[20s]",
+    r"\[\d+[mh]\]": "[10s]",
     r"(oldest_unsettled\w+\)) > 3600": r"\1 > 2",
     r"(oldest_due\w+\)|sink_lag\)) > 60": r"\1 > 2",
     "< 5e9": "< 25e6",
