@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,12 +26,16 @@ def test_a_short_chaos_run_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """
     if postgres_binaries() is None:
         missing("PostgreSQL's binaries", "PATH")
-    done = run_module(
-        "tests.crash.chaos", *SHORT, "--seed", "7", "--folder", str(tmp_path), limit_s=800
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"^\| \**([^|*]+?)\** \| ([^|]+) \| ([^|]+) \|$", done.stdout, re.MULTILINE)
-    rows = {name: (embedded, shared) for name, embedded, shared in found}
+
+    def run(store: str) -> dict[str, str]:
+        options = ("--store", store, *SHORT, "--seed", "7", "--folder", str(tmp_path))
+        done = run_module("tests.crash.chaos", *options, limit_s=800)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(re.findall(r"^\| \**([^|*]+?)\** \| ([^|]+) \|$", done.stdout, re.MULTILINE))
+
+    with ThreadPoolExecutor() as pool:  # both mostly wait
+        embedded, shared = pool.map(run, ("sqlite", "postgres"))
+    rows = {name: (embedded[name], shared[name]) for name in embedded}
     assert rows["tasks"] == ("50", "50")
     assert rows["kills"] == ("8", "8")
     assert rows["server restarts"] == ("0", "1")
