@@ -36,6 +36,7 @@ from service.tasks.transitions import dead_letter_task
 from service.upstreams.base import Accepted, Report
 from tests.stores import open_sqlite
 from tests.waiting import wait_until
+from tests.world import new_store
 
 START = 1_757_165_031_000
 
@@ -113,10 +114,9 @@ async def at_work(pool: WorkerPool) -> AsyncIterator[None]:
 @pytest.fixture
 async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
     monkeypatch.setattr(worker, "LOOK_S", 0.02)
-    now = [START]
-    async with open_sqlite(
-        tmp_path / "darkroom.db", process="here", new_id=new_id, clock=lambda: now[0]
-    ) as store:
+    now, path = [START], tmp_path / "darkroom.db"
+    path.write_bytes(new_store())
+    async with open_sqlite(path, process="here", new_id=new_id, clock=lambda: now[0]) as store:
         yield Harness(store, now)
 
 
