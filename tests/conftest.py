@@ -218,9 +218,13 @@ def starts_processes(module: ModuleType) -> bool:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files with few and long tests first, so that no worker gets one of them
-    at the end.
+    at the end. A test with a time limit of its own is long too.
     """
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
+    items.sort(
+        key=lambda item: (
+            item.path.parent.name not in LONG and not item.get_closest_marker("timeout")
+        )
+    )
 
 
 def pytest_collection_finish() -> None:
