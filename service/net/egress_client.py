@@ -10,8 +10,8 @@ from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Self
 
+import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
 
 from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
 from service.net.addresses import Address, Network, forbidden
@@ -24,8 +24,9 @@ from service.net.transport import (
     GuardedResolver,
     Resolve,
     SystemResolver,
+    fields_of,
     not_connected,
-    open_transport,
+    open_session,
     redirected_by,
     send,
     translated,
@@ -35,6 +36,7 @@ from service.net.urls import MAX_URL, OddAddress, Target, parse_url
 NOTHING: Mapping[str, str] = MappingProxyType({})
 MAX_ADDRESSES = 64  # of a name, as an attacker may return very many
 MAX_TRIED = 8  # addresses in one call, so that no name makes the service probe dozens of hosts
+CHUNK = 1 << 14  # bytes
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 KEPT_ACROSS_ORIGINS = frozenset({"accept", "user-agent"})
 
@@ -86,20 +88,20 @@ class Egress:
         self._resolve = resolve or SystemResolver(rules.purpose)
         self._tls = tls
         self._keep_alive = keep_alive
-        self._transports: dict[str, AiohttpTransport] = {}
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     async def __aenter__(self) -> Self:
         tls = self._tls or usual_trust()
         for scheme in ("https", "http"):
             resolver = GuardedResolver(partial(self._allowed_addresses, plain=scheme == "http"))
-            self._transports[scheme] = open_transport(
+            self._sessions[scheme] = open_session(
                 resolver, tls, self._connections, self._keep_alive
             )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for transport in self._transports.values():
-            await transport.aclose()
+        for session in self._sessions.values():
+            await session.close()
 
     def check_url(self, url: str) -> None:
         """Checks the text of a URL. Raises EgressRefused."""
@@ -164,7 +166,6 @@ class Egress:
         """One call, with a body read in pieces. It must be complete within `timeout` seconds, with
         no pause of `idle` seconds (by default `timeout`) between bytes.
         """
-        idle = timeout if idle is None else idle
         clock = asyncio.get_running_loop().time
         end, call = clock() + timeout, CallState()
         with translated(call):
@@ -172,22 +173,21 @@ class Egress:
                 response = await self._answer(call, method, url, headers, content, idle)
 
         async def chunks() -> AsyncGenerator[bytes, None]:
-            raw, chunk = response.aiter_raw(), b""
-            while True:
+            chunk = b""
+            while not response.content.at_eof():
                 with translated(call):
-                    async with asyncio.timeout_at(min(end, clock() + idle)):
-                        chunk = await anext(raw, b"")
+                    async with asyncio.timeout_at(min(end, clock() + (idle or timeout))):
+                        chunk = await response.content.read(CHUNK)
                 if chunk:
                     yield chunk
-                elif call.end.problem is None:
-                    return
-                else:
-                    raise ConnectionLost(f"{call.host}: {call.end.problem}")
+            if call.end.problem is not None:
+                raise ConnectionLost(f"{call.host}: {call.end.problem}")
 
         try:
-            yield Streamed(response.status_code, dict(response.headers), call.url, chunks)
+            yield Streamed(response.status, fields_of(response), call.url, chunks)
         finally:
-            await response.aclose()
+            response.release()
+            await response.wait_for_close()
 
     async def _answer(
         self,
@@ -196,21 +196,20 @@ class Egress:
         url: str,
         headers: Mapping[str, str],
         content: Content | None,
-        idle: float,
-    ) -> httpx.Response:
+        idle: float | None,
+    ) -> aiohttp.ClientResponse:
         """The head of the last response, after redirects. The caller reads and closes its body."""
         target = await self._ready(self._target(url))
         for _ in range(self.rules.redirects + 1):
             call.url, call.host = target.url, target.host
             async with asyncio.timeout(idle):
-                response = await send(
-                    self._transports[target.scheme], call, method, headers, content
-                )
-            location = response.headers.get("location")
-            redirected = method in ("GET", "HEAD") and response.status_code in REDIRECTS
-            if not redirected or location is None or not self.rules.redirects:
+                response = await send(self._sessions[target.scheme], call, method, headers, content)
+            redirected = method in ("GET", "HEAD") and response.status in REDIRECTS
+            location = fields_of(response).get("location") if redirected else None
+            if location is None or not self.rules.redirects:
                 return response
-            await response.aclose()
+            response.release()
+            await response.wait_for_close()
             with redirected_by(target.host):
                 following = await self._ready(self._target(location, call.url))
             if following.origin != target.origin:  # a key or cookie is for the first origin alone

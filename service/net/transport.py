@@ -16,11 +16,9 @@ from functools import partial
 from typing import Any
 
 import aiohttp
-import httpx
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
-from httpx_aiohttp import AiohttpTransport
 
 from service.errors import (
     CallTimedOut,
@@ -106,23 +104,9 @@ class CallState:
     end: ResponseEnd = field(default_factory=ResponseEnd)
 
 
-# httpx passes nothing through to aiohttp's hooks.
+# aiohttp passes nothing through to a connection.
 CALL: ContextVar[CallState] = ContextVar("call")
-
-
-async def send_exact_url(
-    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-) -> aiohttp.ClientResponse:
-    """Sends the URL as written. aiohttp would decode `%2F` and `%7E` in it, which breaks links
-    signed over their text.
-    """
-    request.url = yarl.URL(CALL.get().url, encoded=True)
-    return await handler(request)
-
-
-async def mark_connected(*_: object) -> None:
-    """aiohttp has a connection for the request, either new (TLS done) or reused."""
-    CALL.get().connected = True
+TIMEOUT = aiohttp.ClientTimeout(sock_connect=CONNECT)
 
 
 async def pieces(content: bytes) -> AsyncIterator[bytes]:
@@ -135,14 +119,14 @@ async def pieces(content: bytes) -> AsyncIterator[bytes]:
 def translated(call: CallState) -> Iterator[None]:
     """Turns the libraries' errors into EgressErrors.
 
-    `call.connected` decides, because the class of httpx-aiohttp's errors does not say whether
-    there was a connection. The libraries' messages may contain the URL and are dropped.
+    `call.connected` decides, because the class of aiohttp's errors does not say whether there was a
+    connection. The libraries' messages may contain the URL and are dropped.
     """
     try:
         yield
     except EgressError:
         raise
-    except (OSError, httpx.HTTPError, aiohttp.ClientError) as error:
+    except (OSError, aiohttp.ClientError) as error:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
@@ -213,12 +197,14 @@ class LenientHandler(ResponseHandler):
     """A connection. `ResponseParser` reads its responses."""
 
     def set_response_params(self, **params: Any) -> None:
-        """Called before each request on the connection."""
+        """Called before each request on the connection, whether it is new (TLS done) or reused."""
         early, self._tail = self._tail, b""
         super().set_response_params(**params)
+        call = CALL.get()
+        call.connected = True
         self._parser = ResponseParser(  # type: ignore[assignment]
             self,
-            CALL.get().end,
+            call.end,
             params["timer"],
             params["read_bufsize"],
             without_body=params["skip_payload"],
@@ -227,15 +213,12 @@ class LenientHandler(ResponseHandler):
             self.data_received(early)
 
 
-def open_transport(
+def open_session(
     resolver: GuardedResolver, tls: ssl.SSLContext, connections: int, keep_alive: float
-) -> AiohttpTransport:
-    """A transport with its own pool, so that a connection for one purpose or scheme serves no
+) -> aiohttp.ClientSession:
+    """A session with its own pool, so that a connection for one purpose or scheme serves no
     other.
     """
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_create_end.append(mark_connected)
-    trace.on_connection_reuseconn.append(mark_connected)
     connector = aiohttp.TCPConnector(
         resolver=resolver,
         use_dns_cache=False,
@@ -246,43 +229,56 @@ def open_transport(
     # aiohttp has no public way to choose the parser of responses.
     factory = partial(LenientHandler, loop=asyncio.get_running_loop())
     connector._factory = factory  # type: ignore[assignment]  # noqa: SLF001
-    session = aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        middlewares=(send_exact_url,),
-        trace_configs=[trace],
-    )
-    return AiohttpTransport(verify=tls, client=session)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
 async def send(
-    transport: AiohttpTransport,
+    session: aiohttp.ClientSession,
     call: CallState,
     method: str,
     headers: Mapping[str, str],
     content: Content | None,
-) -> httpx.Response:
-    """One request, without redirects. The caller reads and closes the response's body."""
+) -> aiohttp.ClientResponse:
+    """One request, without redirects. The caller reads and releases the response."""
     sent = {"user-agent": USER_AGENT, "accept": "*/*"}
     sent |= {name.lower(): value for name, value in headers.items()}
     sent["accept-encoding"] = "identity"  # without decoding, no body can grow in memory
     if isinstance(content, bytes) and len(content) > PIECE:
         sent["content-length"] = str(len(content))
         content = pieces(content)
-    timeout = {"timeout": {"connect": CONNECT}}
-    scheme = call.url.partition(":")[0]
-    about = {"http.request.method": method, "server.address": call.host, "url.scheme": scheme}
+    # As written: aiohttp would decode `%2F` and `%7E`, which breaks links signed over their text.
+    url = yarl.URL(call.url, encoded=True)
+    about = {"http.request.method": method, "server.address": call.host, "url.scheme": url.scheme}
     with tracing.span(method, "client", attributes=about) as span:
         if (traceparent := tracing.current()) is not None:
             sent["traceparent"] = traceparent
-        request = httpx.Request(method, call.url, headers=sent, content=content, extensions=timeout)
         call.end = ResponseEnd()
         token = CALL.set(call)
         try:
-            response = await transport.handle_async_request(request)
+            response = await session.request(
+                method,
+                url,
+                headers=sent,
+                data=content or None,
+                allow_redirects=False,
+                timeout=TIMEOUT,
+            )
         finally:
             CALL.reset(token)
-        span.set(**{"http.response.status_code": response.status_code})
-        if response.status_code >= 400:
-            span.fail(str(response.status_code))
+        span.set(**{"http.response.status_code": response.status})
+        if response.status >= 400:
+            span.fail(str(response.status))
         return response
+
+
+def fields_of(response: aiohttp.ClientResponse) -> dict[str, str]:
+    """The header fields, names in lower case. Values of one name are one list."""
+    fields: dict[str, str] = {}
+    for raw_name, raw_value in response.raw_headers:
+        try:
+            value = raw_value.decode()
+        except UnicodeDecodeError:
+            value = raw_value.decode("latin-1")
+        name = raw_name.decode()
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields

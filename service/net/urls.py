@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from urllib.parse import urljoin
 
@@ -13,6 +14,7 @@ from service.net.addresses import Address
 
 MAX_URL = 2048  # characters, the upstream's limit for a callback_url
 URL = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")  # also surrogates
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
 # The Fetch standard's bad ports (section 2.9). A server of another protocol there might act on
 # parts of a request. Ports 1 and 9 are left out: they have no server, and serve as addresses that
@@ -34,7 +36,7 @@ class OddAddress(ValueError):
     """The host is a literal address, written so that two parsers might read two addresses."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """A parsed URL. `host` is ASCII, in lower case, without brackets and without a last dot.
     `address` is set when the host is a literal address.
@@ -46,7 +48,7 @@ class Target:
     path: str
     address: Address | None
 
-    @property
+    @cached_property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port is None else f":{self.port}"
@@ -61,12 +63,13 @@ class Target:
         return self.scheme, self.host, self.port or (443 if self.scheme == "https" else 80)
 
 
+@lru_cache(512)  # webhooks go to few URLs
 def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
     """Parses a URL, relative to `base`, as browsers trim it. Raises ValueError with the reason for
     everything that two parsers might read differently. `longest` is in characters.
     """
     text = trimmed(text)
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text):
+    if CONTROL.search(text):
         raise ValueError("a URL has no control characters")
     # `urljoin` alone would read `http:///x` as a path
     url = text if not base or SCHEME.match(text) else urljoin(base, text)
