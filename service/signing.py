@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from service.errors import ConfigurationError
 
 KEY_BYTES = 32
+KEPT = 512  # secrets and signers that stay in memory
 TOKEN_BYTES = 20  # 160 bits: 32 base32 characters without padding
 SECRET_PREFIX = "whsec_"  # noqa: S105 - a prefix, no secret
 
@@ -44,6 +46,9 @@ class Keyring:
         boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
         self._signer_keys = [_derive(key, "webhook signature") for key in keys]
         self._first, self._box = boxes[0], MultiFernet(boxes)
+        # A backlog of webhooks has few endpoints, and takes as long to make their keys as to sign.
+        self._opened = lru_cache(KEPT)(self._box.decrypt)
+        self._signers = lru_cache(KEPT)(self._made_signers)
         browser = [base64.urlsafe_b64encode(_derive(key, "console session")) for key in keys]
         self._browser = MultiFernet([Fernet(key) for key in browser])
 
@@ -58,7 +63,7 @@ class Keyring:
         """The public keys of `sign_openly`. The first one signs. The others did, or will."""
         return [each.public_key().public_bytes_raw() for each in self._signers(endpoint_id)]
 
-    def _signers(self, endpoint_id: str) -> list[Ed25519PrivateKey]:
+    def _made_signers(self, endpoint_id: str) -> list[Ed25519PrivateKey]:
         seeds = (hmac.digest(key, _bytes(endpoint_id), "sha256") for key in self._signer_keys)
         return [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
 
@@ -95,7 +100,7 @@ class Keyring:
     def decrypt(self, data: bytes) -> str:
         """ConfigurationError: none of the keys encrypted it."""
         try:
-            return self._box.decrypt(data).decode("utf-8", "surrogatepass")
+            return self._opened(data).decode("utf-8", "surrogatepass")
         except InvalidToken:
             raise ConfigurationError(
                 "DARKROOM_SECRET_KEY: no key of it decrypts what the store holds; put the old key"

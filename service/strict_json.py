@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 JSON = dict[str, Any]
 Made = TypeVar("Made")
 
+COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 LARGE = 64 << 10  # bytes, which take up to 10 ms to parse
 MAX_DEPTH = 100  # levels, far below the limits of encoders and databases
 FORBIDDEN_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -54,7 +55,7 @@ def compact_json(document: object) -> str:
     """The document on one line for every reader: Python's `splitlines`, on which httpx and requests
     build their line readers, and Node's readline end lines at NEL, LS and PS too.
     """
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    text = COMPACT(document)
     for char, escape in LINE_ENDS.items():
         text = text.replace(char, escape)
     return text

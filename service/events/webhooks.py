@@ -131,7 +131,7 @@ class WebhookSender:
         if endpoint_id is not None:
             signatures += " " + keyring.sign_openly(endpoint_id, id, time_s, body)
         headers = {
-            **_lower(keyring.decrypt(static) if static else "{}"),
+            **(_lower(keyring.decrypt(static)) if static else {}),
             "content-type": TASK_TYPE if endpoint_id is None else EVENT_TYPE,
             "webhook-id": id,
             "webhook-timestamp": str(time_s),
