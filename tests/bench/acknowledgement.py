@@ -26,7 +26,7 @@ from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, record_submissions
 from service.upstreams.base import Accepted, Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
-from tests.bench.program import spread
+from tests.bench.program import markdown, spread
 from tests.bench.wrk import compared
 from tests.processes import service_settings
 from tests.servers import execute, postgres_binaries, postgres_database, postgres_running
@@ -201,13 +201,7 @@ def measured(folder: Path, scale: Scale) -> list[dict[str, dict[str, float]]]:
 def acknowledgement(folder: Path, scale: Scale) -> str:
     """The table, in Markdown, with a sentence for each row that is left out."""
     rounds = measured(folder, scale)
-    lines = [
-        (
-            f"| callbacks over {scale.connections} connections | a second | p50 ms | p99 ms"
-            " | of bare | of the second row |"
-        ),
-        "|---|---|---|---|---|---|",
-    ]
+    head, rows = ("a second", "p50 ms", "p99 ms", "of bare", "of the second row"), []
     for name in rounds[0]:
         runs = [each[name] for each in rounds]
         figures = [
@@ -217,7 +211,8 @@ def acknowledgement(folder: Path, scale: Scale) -> str:
             spread([each[name]["rate"] / each["bare"]["rate"] for each in rounds], ".2f"),
             spread([each[name]["rate"] / each["web"]["rate"] for each in rounds], ".2f"),
         ]
-        lines.append(f"| {ROWS[name]} | {' | '.join(figures)} |")
+        rows.append([ROWS[name], *figures])
     ours = statistics.median(each["bare"]["rate"] for each in rounds)
     control = compared(folder, scale.connections, scale.seconds, ours)
-    return "\n".join([*lines, "", *lacking().values(), control])
+    table = markdown((f"callbacks over {scale.connections} connections", *head), rows)
+    return "\n".join([table, "", *lacking().values(), control])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.attack.attacks import ATTACKS, attacked_and_calm
-from tests.bench.program import run, spread
+from tests.bench.program import compared, markdown, run
 
 
 async def measured(
@@ -28,17 +28,10 @@ async def measured(
     return found
 
 
-def row(name: str, times: Sequence[tuple[float, float]]) -> str:
-    attacked, calm = zip(*times, strict=True)
-    factors = [one / other for one, other in times]
-    cells = (spread(attacked, ".1f"), spread(calm, ".1f"), spread(factors, ".1f"))
-    return f"| {name} | {' | '.join(cells)} |"
-
-
 def attacks(folder: Path, rounds: int, quick: bool) -> str:
     found = asyncio.run(measured(folder, rounds, ["documents"] if quick else list(ATTACKS)))
-    head = ["| p99 of a callback, ms | under attack | in peace | factor |", "|---|---|---|---|"]
-    return "\n".join([*head, *(row(name, times) for name, times in found.items())])
+    rows = [(name, *compared(times)) for name, times in found.items()]
+    return markdown(("p99 of a callback, ms", "under attack", "in peace", "factor"), rows)
 
 
 if __name__ == "__main__":

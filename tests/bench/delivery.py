@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.web.server import Server, bind, listening
 from tests.bench.load import percentile
 from tests.bench.processes import MEASURED, MEASURING, pinned, server
 from tests.processes import ADMIN_KEY, service_settings
+from tests.world import answering
 
 END_S = 60.0
 Interval = tuple[float, float]
@@ -91,17 +91,13 @@ async def run(
     """
     takes = Subscriber(first + count)
     async with AsyncExitStack() as stack:
-        bound = bind("127.0.0.1", 0)
         app = Starlette(routes=[Route("/", takes.take, methods=["POST"])])
-        await stack.enter_async_context(listening(Server(app, bound, 1), asyncio.Event()))
+        url = await stack.enter_async_context(answering(app))
         key = {"authorization": f"Bearer {ADMIN_KEY}"}
         client = await stack.enter_async_context(
             httpx.AsyncClient(base_url=service, headers=key, timeout=END_S)
         )
-        endpoint = {
-            "url": f"http://127.0.0.1:{bound.getsockname()[1]}/",
-            "types": ["image.task.completed", "image.task.failed"],
-        }
+        endpoint = {"url": url, "types": ["image.task.completed", "image.task.failed"]}
         (await client.post("/v1/endpoints", json=endpoint)).raise_for_status()
         await submit(client, rate, first + count)
         async with asyncio.timeout(END_S):

@@ -58,6 +58,12 @@ def python_and_linux() -> str:
     return f"{len(CORES)} cores, Python {platform.python_version()}, Linux {linux}"
 
 
+def compared(pairs: Sequence[tuple[float, float]]) -> list[str]:
+    """The figures of two sides that took turns, and how many times as large the first one is."""
+    factors = [one / other for one, other in pairs]
+    return [spread(values, ".1f") for values in (*zip(*pairs, strict=True), factors)]
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]

@@ -18,7 +18,7 @@ from service.backends import DELIVERIES
 from service.db.batching import BatchingStore
 from service.events.endpoints import NewEndpointRow, insert_endpoints
 from service.ops import logging
-from tests.bench.program import run, spread
+from tests.bench.program import compared, markdown, run
 from tests.outbox import emitted
 from tests.silence import silence
 from tests.waiting import wait_until
@@ -99,24 +99,19 @@ async def silenced(folder: Path, attackers: int) -> AsyncIterator[tuple[Timed, T
         yield timed[0], timed[1], held
 
 
-async def measured(folder: Path, attackers: int, rounds: int) -> str:
+async def measured(folder: Path, attackers: int, rounds: int) -> list[str]:
     """A row of the table, in milliseconds."""
     async with silenced(folder, attackers) as (calm, attacked, _):
-        times = [(await calm.p99() * 1000, await attacked.p99() * 1000) for _ in range(rounds)]
-    before, during = zip(*times, strict=True)
-    factors = [one / other for other, one in times]
-    cells = (spread(during, ".1f"), spread(before, ".1f"), spread(factors, ".1f"))
-    return f"| {SILENT} silent endpoints of {attackers} owners | {' | '.join(cells)} |"
+        times = [(await attacked.p99() * 1000, await calm.p99() * 1000) for _ in range(rounds)]
+    return [f"{SILENT} silent endpoints of {attackers} owners", *compared(times)]
 
 
 def silent_endpoints(folder: Path, rounds: int, quick: bool) -> str:
-    columns = "beside them | without them | factor"
-    lines = [f"| p99 from event to arrival, ms | {columns} |", "|---|---|---|---|"]
     logging.configure("json", "error")
-    for attackers in (10,) if quick else (1, 10):
-        place = folder / str(attackers)
-        lines.append(asyncio.run(measured(place, attackers, rounds)))
-    return "\n".join(lines)
+    counts = (10,) if quick else (1, 10)
+    rows = [asyncio.run(measured(folder / str(count), count, rounds)) for count in counts]
+    head = ("p99 from event to arrival, ms", "beside them", "without them", "factor")
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":
