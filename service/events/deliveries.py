@@ -17,7 +17,7 @@ from service.queue import leases
 
 COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
 _to_callback = deliveries.c.endpoint_id.is_(None)
-_DELIVERY_TO_SEND = (
+_DELIVERIES_TO_SEND = (
     select(
         *(deliveries.c[name] for name in ("id", "owner", "endpoint_id", "task_id", "state")),
         func.coalesce(endpoints.c.url, case((_to_callback, tasks.c.callback_url))).label("url"),
@@ -34,20 +34,28 @@ _DELIVERY_TO_SEND = (
         .outerjoin(tasks, tasks.c.id == deliveries.c.task_id)
         .outerjoin(owners, and_(_to_callback, owners.c.name == deliveries.c.owner))
     )
-    .where(deliveries.c.id == bindparam("delivery_id"))
+    .where(deliveries.c.id.in_(bindparam("ids", expanding=True)))
 )
+_EVENTS = select(events).where(events.c.id.in_(bindparam("ids", expanding=True)))
+
+
+def deliveries_to_send(connection: Connection, ids: Sequence[str]) -> dict[str, DeliveryToSend]:
+    """The deliveries by id."""
+    rows = connection.execute(_DELIVERIES_TO_SEND, {"ids": ids}).mappings().all()
+    wanted = {"ids": list({row["event_id"] for row in rows})}
+    found = {row["id"]: row for row in connection.execute(_EVENTS, wanted).mappings()}
+    return {row["id"]: _to_send(connection, row, found.get(row["event_id"])) for row in rows}
 
 
 def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend | None:
-    row = connection.execute(_DELIVERY_TO_SEND, {"delivery_id": delivery_id}).mappings().first()
-    if row is None:
-        return None
+    return deliveries_to_send(connection, [delivery_id]).get(delivery_id)
+
+
+def _to_send(connection: Connection, row: Row, event: Row | None) -> DeliveryToSend:
     values = dict(row)
-    mine = events.c.id == values.pop("event_id")
-    event = connection.execute(select(events).where(mine)).mappings().first()
     origin = Origin(*(values.pop(column.name) for column in ORIGIN))
     paced = bool(delivery_order.interval_ms(values.pop("options")))
-    del values["sequence"]
+    del values["sequence"], values["event_id"]
     behind = row["order_key"] is not None and delivery_order.is_behind(connection, row)
     return DeliveryToSend(**values, event=event, origin=origin, paced=paced, behind=behind)
 
@@ -95,7 +103,13 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
         if item.wake:
             tx.due.add(item.lease.stage)
         if row is not None and held:
-            _record(tx, row, item, calm)
+            if _is_plain(row, item, calm):
+                ended = {"state": "delivered", "finished_at": tx.now, "slot_at": None}
+                ended |= leases.release(item.lease.stage, None)
+                tx.change(deliveries, row["id"], ended | {"last_status": seen(item.attempt)[0]})
+            else:
+                tx.write()
+                _record(tx, row, item, calm)
             del rows[item.lease.key]  # its lease has ended
         results.append(held)
     return results
@@ -138,6 +152,13 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
     ]
     if rows:
         tx.connection.execute(inserting(attempts), rows)
+
+
+def _is_plain(row: Row, item: DeliveryOutcome, calm: Collection[str]) -> bool:
+    """Whether the outcome changes the delivery's own row alone: a success of a first delivery."""
+    more = any(row[name] is not None for name in ("cause", "order_key", "replay_id", "planned_at"))
+    plain = row["state"] == "pending" and row["endpoint_id"] in calm and not more
+    return plain and item.result == "delivered"
 
 
 def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[str]) -> None:

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field
 import structlog
 
 from service.db.paging import Row
+from service.db.shared_reads import SharedReads
 from service.db.transaction import Lease
 from service.errors import StoreUnavailable
 from service.events.deliveries import (
     DeliveryOutcome,
     ManualAttempt,
+    deliveries_to_send,
     delivery_to_send,
     record_attempts,
     record_manual_attempts,
@@ -23,7 +25,6 @@ from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.events.webhooks import WebhookSender
 from service.ops import tracing
-from service.queue import leases
 from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.queue.limiter import EndpointLimiter
@@ -36,7 +37,7 @@ RECORD_S = 1.0  # between tries to record an outcome while the store is unavaila
 HINT_S = 0.01  # after the time that a rate gave
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeliveryWorker:
     """Stages `deliver` and `redeliver`."""
 
@@ -45,14 +46,14 @@ class DeliveryWorker:
     disable_after_s: float
     limiter: EndpointLimiter = field(default_factory=lambda: EndpointLimiter(time.monotonic))
     in_order: set[str] = field(default_factory=set)  # keys of ordered deliveries on their way
+    rows: SharedReads[DeliveryToSend] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = SharedReads(self.sender.resources.store, deliveries_to_send)
 
     async def run(self, lease: Lease) -> None:
-        store = self.sender.resources.store
-        delivery: DeliveryToSend | None = lease.row
+        delivery: DeliveryToSend | None = lease.row or await self._read(lease)
         if delivery is None:
-            delivery = await store.read(delivery_to_send, lease.key)
-        if delivery is None or delivery.state != "pending":
-            await store.write(leases.done, lease)
             return
         tracing.work_for(delivery.origin, owner=delivery.owner, task_id=delivery.task_id)
         checkpoint("delivery.claimed")
@@ -62,30 +63,46 @@ class DeliveryWorker:
         if outcome is None:
             outcome = await self._attempt(lease, delivery)
         if outcome.attempt is None:
-            await store.write(record_attempts, outcome)
+            await self.sender.resources.store.write(record_attempts, outcome)
             return
         checkpoint("delivery.answered")
         held = await self._record(outcome)
         checkpoint("delivery.recorded")
         self._report(delivery, outcome, held)
 
+    async def _read(self, lease: Lease) -> DeliveryToSend | None:
+        alone = self.sender.resources.store.read
+        return await self.rows.read(lease.key) or await alone(delivery_to_send, lease.key)
+
     async def _attempt(self, lease: Lease, delivery: DeliveryToSend) -> DeliveryOutcome:
-        """Sends the delivery. It is snoozed if its subscriber has no free slot."""
+        """Sends the delivery. It is snoozed if its subscriber has no free slot, now or soon."""
         subscriber, first = subscriber_key(delivery), lease.stage == "deliver"
         wait = self.limiter.acquire(subscriber, first=first)
-        if wait is not None:
+        if wait is not None and not await self.limiter.wait(subscriber, wait, first=first):
             return DeliveryOutcome(lease, "snooze", wait_ms=round(wait * 1000))
         began, healthy, wake = time.monotonic(), None, False
-        key = f"{subscriber} {delivery.order_key}"
-        self.in_order.add(key)
         try:
-            attempt = await self.sender.send(delivery, first=first)
+            if wait is not None:  # the endpoint may have been paused meanwhile
+                if (now := await self._read(lease)) is None:
+                    return DeliveryOutcome(lease, "snooze")
+                if (outcome := self._without_request(lease, delivery := now)) is not None:
+                    return outcome
+            attempt = await self._send(delivery, subscriber, first=first)
             healthy = None if attempt.ours else attempt.status not in (None, 429, 503)
         finally:
-            self.in_order.discard(key)
             seconds = time.monotonic() - began
             wake = self.limiter.record(subscriber, seconds, first=first, healthy=healthy)
         return self._outcome(lease, attempt, delivery.planned_at or 0, wake=wake)
+
+    async def _send(
+        self, delivery: DeliveryToSend, subscriber: str, *, first: bool
+    ) -> DeliveryAttempt:
+        key = f"{subscriber} {delivery.order_key}"
+        self.in_order.add(key)
+        try:
+            return await self.sender.send(delivery, first=first)
+        finally:
+            self.in_order.discard(key)
 
     async def _record(self, outcome: DeliveryOutcome) -> bool:
         """Tries until the store commits, so that a failing store causes no second request while the
@@ -107,6 +124,8 @@ class DeliveryWorker:
 
     def _without_request(self, lease: Lease, delivery: DeliveryToSend) -> DeliveryOutcome | None:
         """The outcome of a delivery that is not sent now. None: send it."""
+        if delivery.state != "pending":  # it has ended, and is not due again
+            return DeliveryOutcome(lease, "snooze")
         if not is_sendable(delivery) or delivery.endpoint_status == "disabled":
             return DeliveryOutcome(lease, "dead")
         if delivery.endpoint_status == "paused":

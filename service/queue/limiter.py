@@ -1,7 +1,8 @@
 """Adaptive limits of concurrent requests: additive increase, multiplicative decrease (AIMD).
 
-A call to an upstream waits in a queue for its slot. A delivery to an endpoint never waits, because
-it would keep a slot of the worker pool from other endpoints. Its limiter answers when to come back.
+A call to an upstream waits in a queue for its slot. A delivery to an endpoint waits only a moment,
+because it keeps a slot of the worker pool from other endpoints. Its limiter answers when to come
+back.
 """
 
 import asyncio
@@ -153,6 +154,7 @@ class ConcurrencyLimiter:
 
 FIRST, MOST = 4.0, 16.0  # concurrent requests: to an unknown endpoint, and to any
 SHORTEST_S, LONGEST_S = 0.02, 300.0  # until a delivery looks again
+PATIENCE_S = 0.05  # of a delivery that waits for a slot in this process
 KNOWN = 10_000  # endpoints
 
 
@@ -161,7 +163,8 @@ class Line:
     """The first attempts or the retries of one endpoint."""
 
     busy: int = 0
-    turn_at: float = 0.0  # of the last delivery that was sent away
+    turn_at: float = 0.0  # of the last delivery that found no slot
+    waiting: deque["asyncio.Future[None]"] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -176,6 +179,12 @@ class EndpointLoad:
     @property
     def busy(self) -> int:
         return self.first.busy + self.again.busy
+
+    def line(self, *, first: bool) -> tuple[Line, int]:
+        """First attempts or retries, and their limit."""
+        if first:
+            return self.first, int(self.limit)
+        return self.again, max(1, int(self.limit) - self.first.busy)
 
 
 class EndpointLimiter:
@@ -197,9 +206,7 @@ class EndpointLimiter:
         if len(self._loads) >= KNOWN:
             self._loads = {key: load for key, load in self._loads.items() if load.busy}
         load, now = self._loads.setdefault(endpoint, EndpointLoad()), self._clock()
-        line, limit = load.first, int(load.limit)
-        if not first:
-            line, limit = load.again, max(1, limit - load.first.busy)
+        line, limit = load.line(first=first)
         if line.busy < limit:
             if not load.busy:
                 load.heard_at = now
@@ -211,23 +218,44 @@ class EndpointLimiter:
         line.turn_at = max(line.turn_at, now) + each_s
         return min(max(line.turn_at - now, SHORTEST_S), LONGEST_S)
 
+    async def wait(self, endpoint: str, seconds: float, *, first: bool) -> bool:
+        """Waits for a slot in order of arrival, if `acquire` said that one is soon free. False: no
+        attempt ended in time.
+        """
+        if seconds > PATIENCE_S:
+            return False  # the estimate is half of what an endpoint takes at its full limit
+        line, _ = self._loads[endpoint].line(first=first)
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line.waiting.append(place)
+        try:
+            await asyncio.wait([place], timeout=2 * PATIENCE_S)
+        finally:
+            late = place.cancel()
+        return not late
+
     def record(self, endpoint: str, seconds: float, *, first: bool, healthy: bool | None) -> bool:
         """Frees the slot of an attempt that took so many seconds. `healthy` is None if the attempt
         says nothing about the endpoint. Returns whether other deliveries wait for it.
         """
         load, now = self._loads[endpoint], self._clock()
-        line = load.first if first else load.again
+        line, _ = load.line(first=first)
         line.busy -= 1
-        load.usual_s += (seconds - load.usual_s) / 4
-        load.heard_at = now
         waited = line.turn_at > now
-        if healthy is None:
-            return waited
-        if healthy:
-            load.limit = min(MOST, load.limit + 1)
-            if not load.healthy:  # new deliveries do not wait behind a dead endpoint's
+        if healthy is not None:
+            load.usual_s += (seconds - load.usual_s) / 4
+            load.heard_at = now
+            if healthy and not load.healthy:  # new deliveries do not wait behind a dead endpoint's
                 load.first.turn_at = load.again.turn_at = 0.0
-        else:
-            load.limit = max(1.0, load.limit / 2)
-        load.healthy = healthy
+            load.limit = min(MOST, load.limit + 1) if healthy else max(1.0, load.limit / 2)
+            load.healthy = healthy
+        self._admit(load)
         return waited
+
+    def _admit(self, load: EndpointLoad) -> None:
+        """Gives free slots to the deliveries that wait for them."""
+        for first in (True, False):
+            line, limit = load.line(first=first)
+            while line.waiting and line.busy < limit:
+                if not (place := line.waiting.popleft()).done():
+                    line.busy += 1
+                    place.set_result(None)

@@ -61,7 +61,8 @@ class Stage:
         full = self.shared and not has_share(self.used[owner], self.slots - self.used.total(), REST)
         self.free += 1
         self.used[owner] -= 1
-        self.used += Counter()  # forgets owners without a slot
+        if not self.used[owner]:
+            del self.used[owner]
         return full
 
 

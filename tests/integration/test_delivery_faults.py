@@ -2,6 +2,7 @@
 does not exist.
 """
 
+import asyncio
 import socket
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
@@ -19,7 +20,7 @@ from service.db.tables import deliveries, events
 from service.db.transaction import Lease, Transaction
 from service.events import delivery_worker
 from service.events.delivery_worker import DeliveryWorker
-from service.queue import worker
+from service.queue import limiter, worker
 from tests.api import got
 from tests.outbox import emitted
 from tests.upstream import After
@@ -159,6 +160,28 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
         assert await state(still, lease) == ("dead", 0)
     await worker.run(Lease("deliver", "dlv_gone", 1, 1))
     assert shop.received == []
+
+
+async def test_an_endpoint_that_is_paused_while_a_delivery_waits_gets_nothing(
+    still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delivery waits in its process for a free slot, and is read again when it has one. If it
+    is not sent, it frees the slot.
+    """
+    monkeypatch.setattr(limiter, "PATIENCE_S", 60)
+    worker = DeliveryWorker(still.context.sender, (600.0,), 0)
+    lease = await due(still, shop)
+    endpoint: str = got(await still.client.get(f"/v1/deliveries/{lease.key}"))["endpoint"]
+    while worker.limiter.acquire(endpoint, first=True) is None:
+        pass
+    running = asyncio.create_task(worker.run(lease))
+    await wait_until(lambda: worker.limiter._loads[endpoint].first.waiting)
+    got(await still.client.patch(f"/v1/endpoints/{endpoint}", json={"status": "paused"}))
+    worker.limiter.record(endpoint, 0.01, first=True, healthy=None)
+    await running
+    assert shop.received == []
+    assert await state(still, lease) == ("pending", 0)
+    assert worker.limiter.acquire(endpoint, first=True) is None
 
 
 # --- names

@@ -1,12 +1,13 @@
 """The number of requests that one subscriber gets at once, on a clock of the test."""
 
+import asyncio
 import heapq
 from dataclasses import dataclass, field
 
 import pytest
 
 from service.queue import limiter
-from service.queue.limiter import FIRST, LONGEST_S, MOST, SHORTEST_S, EndpointLimiter
+from service.queue.limiter import FIRST, LONGEST_S, MOST, PATIENCE_S, SHORTEST_S, EndpointLimiter
 
 
 @dataclass(slots=True)
@@ -24,6 +25,12 @@ class Subscriber:
 
     def leave(self, *, first: bool = True, well: bool | None = True, seconds: float = 0.1) -> bool:
         return self.limiter.record("shop", seconds, first=first, healthy=well)
+
+    async def waiting(self) -> "asyncio.Task[bool]":
+        """A delivery that waits for a slot."""
+        made = asyncio.create_task(self.limiter.wait("shop", SHORTEST_S, first=True))
+        await asyncio.sleep(0)
+        return made
 
     def fill(self, *, first: bool = True) -> int:
         """Starts attempts until one is refused, and returns their number."""
@@ -122,6 +129,45 @@ def test_the_end_of_an_attempt_tells_whether_others_wait(endpoint: Subscriber) -
     assert endpoint.leave()
     endpoint.now += 10
     assert not endpoint.leave()
+
+
+async def test_a_delivery_waits_a_moment_for_a_slot(
+    endpoint: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots go to the deliveries that wait for them, in order. One that was cancelled takes none,
+    and none go over the limit.
+    """
+    monkeypatch.setattr(limiter, "PATIENCE_S", 60)
+    endpoint.fill()
+    one, two, three = [await endpoint.waiting() for _ in range(3)]
+    one.cancel()
+    await asyncio.sleep(0)
+    endpoint.leave(well=None)
+    assert await two
+    assert endpoint.enter() is not None
+    endpoint.leave(well=True)
+    assert await three
+    assert endpoint.enter() is None
+    four = await endpoint.waiting()
+    for well in (False, False, None, None):
+        endpoint.leave(well=well)
+        await asyncio.sleep(0.01)
+        assert not four.done()
+    endpoint.leave(well=None)
+    assert await four
+    assert endpoint.enter() is not None
+
+
+async def test_a_delivery_does_not_wait_for_a_slow_subscriber(
+    endpoint: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep a slot of the workers from other endpoints."""
+    endpoint.fill()
+    assert not await endpoint.limiter.wait("shop", PATIENCE_S + 0.001, first=True)
+    monkeypatch.setattr(limiter, "PATIENCE_S", 0.01)
+    assert not await endpoint.limiter.wait("shop", 0.01, first=True)
+    endpoint.leave(well=None)
+    assert endpoint.enter() is None
 
 
 def test_a_subscriber_that_recovers_has_no_queue(endpoint: Subscriber) -> None:
