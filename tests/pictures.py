@@ -86,10 +86,11 @@ def with_segments(*segments: bytes) -> bytes:
     )  # without the first segment, which has the density
 
 
-def exif_bomb(entries: int = 5000) -> bytes:
+def exif_bomb() -> bytes:
     """A JPEG of 60 kB whose Exif entries all point to the same 60,000 bytes. A decoder that copies
     each entry needs 300 MB.
     """
+    entries = 5000
     listed = b"".join(struct.pack("<HHII", 1 + number, 7, 60_000, 8) for number in range(entries))
     return with_segments(
         segment(0xE1, b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, entries) + listed + bytes(4))
@@ -103,10 +104,10 @@ def scans(count: int) -> bytes:
     return whole[:last] + whole[last:-2] * count + whole[-2:]
 
 
-def gif(*blocks: bytes, size: tuple[int, int] = (1, 1)) -> bytes:
+def gif(*blocks: bytes) -> bytes:
     return (
         b"GIF89a"
-        + struct.pack("<HHBBB", *size, 0x80, 0, 0)
+        + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0)
         + bytes((0, 0, 0, 255, 255, 255))
         + b"".join(blocks)
         + b";"

@@ -30,7 +30,7 @@ def replicated(binaries: Path) -> Iterator[tuple[PostgresServer, PostgresServer]
         yield primary, standby
 
 
-def url(*servers: PostgresServer, database: str = "postgres") -> str:
+def url(*servers: PostgresServer) -> str:
     """A URL with all the servers. The client connects to the server that accepts writes."""
     places = ",".join(f"127.0.0.1:{each.port}" for each in servers)
-    return f"postgresql://postgres@{places}/{database}"
+    return f"postgresql://postgres@{places}/postgres"

@@ -149,8 +149,8 @@ class Egress:
                 failure = CallTimedOut("no whole body in time")
             except EgressError as error:
                 failure = error
-        kept, cut, duration = bytes(body[:max_bytes]), len(body) > max_bytes, clock() - started
-        return Response(answer.status, answer.headers, kept, cut, duration, failure)
+        kept = bytes(body[:max_bytes])
+        return Response(answer.status, answer.headers, kept, clock() - started, failure)
 
     @asynccontextmanager
     async def stream(

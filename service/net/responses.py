@@ -20,7 +20,6 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
-    truncated: bool
     duration: float
     failure: EgressError | None = None
 

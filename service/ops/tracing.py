@@ -223,13 +223,13 @@ def wanted(environ: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def tracing(version: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def tracing(version: str) -> Iterator[None]:
     """Exports spans until the end of the block, if the variables ask for them."""
-    if not wanted(environ):
+    if not wanted(os.environ):
         yield
         return
     try:
-        provider = _exporting(version, environ)
+        provider = _exporting(version)
     except ImportError:
         log.warning("traces.unavailable", extra="otel")
         yield
@@ -239,13 +239,13 @@ def tracing(version: str, environ: Mapping[str, str] = os.environ) -> Iterator[N
     provider.shutdown()
 
 
-def _exporting(version: str, environ: Mapping[str, str]) -> "TracerProvider":
+def _exporting(version: str) -> "TracerProvider":
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    usual = {"service.name": environ.get("OTEL_SERVICE_NAME") or "darkroom"}
+    usual = {"service.name": os.environ.get("OTEL_SERVICE_NAME") or "darkroom"}
     named = Resource.create({"service.version": version} | usual)
     provider = TracerProvider(resource=named)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

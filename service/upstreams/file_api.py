@@ -45,7 +45,7 @@ class NotUploaded:
 
 
 class FileApi:
-    """`now` gives Unix seconds."""
+    """Its calls are told to `on_call`. `timeout` is in seconds."""
 
     def __init__(
         self,
@@ -54,12 +54,10 @@ class FileApi:
         api_key: str,
         timeout: float,
         on_call: Callable[[UpstreamCall], None],
-        *,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self._egress, self._base_url = egress, base_url.rstrip("/")
         self._headers = {"authorization": f"Bearer {api_key}", "accept": "application/json"}
-        self._timeout, self._on_call, self._now = timeout, on_call, now
+        self._timeout, self._on_call = timeout, on_call
 
     async def upload(
         self, content: AsyncIterator[bytes], size: int, name: str, media_type: str
@@ -84,7 +82,7 @@ class FileApi:
         answer = await self._call("upload", "POST", path, headers, body())
         if isinstance(answer, EgressError):
             return NotUploaded(why(answer))
-        return classify_upload(answer.status, answer.headers, answer.body, self._now())
+        return classify_upload(answer.status, answer.headers, answer.body, time.time())
 
     async def delete(self, file_id: str) -> bool:
         """Deletes the upstream's copy. False: it may still be there."""

@@ -97,7 +97,7 @@ async def _read(streamed: Streamed, most: int, file: SpooledTemporaryFile[bytes]
     if size <= USUAL_BYTES or most <= USUAL_BYTES:
         file.seek(0)
         body = file.read(most)
-    return Response(streamed.status, streamed.headers, body, size > most, 0.0, failure)
+    return Response(streamed.status, streamed.headers, body, 0.0, failure)
 
 
 def _mapped(file: SpooledTemporaryFile[bytes], most: int) -> bytes:

@@ -346,7 +346,7 @@ async def test_limits_are_reported() -> None:
 
 
 def answered(status: int) -> Response:
-    return Response(status, {}, b"", truncated=False, duration=0.0)
+    return Response(status, {}, b"", duration=0.0)
 
 
 @pytest.mark.parametrize(
