@@ -30,6 +30,7 @@ from service.ops.metrics import Metrics
 from service.queue.stage import Stage
 from service.queue.stopping import Stopping
 from service.queue.worker import WorkerPool
+from service.recent_look import RecentLook
 from service.resources import Resources
 from service.settings import Settings, masked
 from service.strict_json import JSON
@@ -51,7 +52,6 @@ from service.web.error_responses import HANDLERS
 from service.web.key_limits import KeyLimits
 from service.web.middleware import Requests
 from service.web.overload import LoadShedder, PriorityGate
-from service.web.published import RecentLook
 from service.web.routes.table import operators_routes
 from service.web.server import Server, bind, listening
 from service.web.sessions import Sessions

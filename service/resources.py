@@ -16,6 +16,7 @@ from service.net.egress_client import Egress
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.queue.shared_commits import SharedCommits
+from service.recent_look import RecentLook
 from service.signing import Keyring
 from service.upstreams.base import Upstream
 from service.upstreams.file_api import FileApi
@@ -49,6 +50,7 @@ class Resources:
     random: Callable[[], float] = field(default=random.random)
     task_id_prefix: str = PREFIXES["task"]
     shared_commits: SharedCommits = field(default_factory=SharedCommits)
+    room: RecentLook[int | None] = field(default_factory=RecentLook)
 
     def id(self, kind: str) -> str:
         made = self.new_id(kind, self.clock())
@@ -58,7 +60,7 @@ class Resources:
 
     async def check_room(self, limit: int, purpose: str) -> None:
         """Raises ApiError 503, and logs it, if the blob store has less free space than `limit`."""
-        free = await self.blobs.free_bytes()
+        free = await self.room.look(self.blobs.free_bytes)
         if free is None or free >= limit:
             return
         log.warning("blobs.full", purpose=purpose, free_bytes=free, limit_bytes=limit)

@@ -73,8 +73,8 @@ class TaskIntake:
         *,
         admin: bool = False,
         large: bool = False,
-    ) -> tuple[str, bool]:
-        """The id of the durable task, and whether the task existed before. A `large` body is
+    ) -> tuple[str, TaskRow | None]:
+        """The id of the durable task, and its row unless it existed before. A `large` body is
         encoded in a thread. Raises ApiError 400, 402, 409 or 503.
         """
         store = self.resources.store
@@ -84,7 +84,7 @@ class TaskIntake:
         if idempotency_key is not None:
             earlier = await store.read(task_queries.task_by_key, owner, idempotency_key)
             if earlier is not None:
-                return _replayed(*earlier, digest), True
+                return _replayed(*earlier, digest), None
         await self._check(owner, body)
         upstream_body = await self._translated(owner, body, admin=admin)
         await self.resources.check_room(self.min_free_bytes, "images")
@@ -104,11 +104,11 @@ class TaskIntake:
         checkpoint("submit.inserted")
         if not inserted.created:
             await self.inputs.discard(owner, named)
-            return _replayed(inserted.task_id, inserted.idempotency_hash, digest), True
+            return _replayed(inserted.task_id, inserted.idempotency_hash, digest), None
         known = {"owner": owner, "task_id": task.id, "model": task.model}
         prompt = {"prompt": task.prompt} if self.log_prompts else {}
         log.info("task.queued", **known, replayed=False, **prompt)
-        return task.id, False
+        return task.id, task
 
     def check_limits(self, body: JSON, *, whole: bool = True) -> None:
         """Checks a submission by the catalogue. Without `whole`, fields may be missing. Raises

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.input_files import InputFiles
+from service.recent_look import RecentLook
 from service.resources import Resources
 from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
@@ -18,7 +19,6 @@ from service.upkeep.heartbeats import WorkerWatch
 from service.web.auth import Access
 from service.web.key_limits import KeyLimits
 from service.web.overload import LoadShedder, PriorityGate
-from service.web.published import RecentLook
 
 
 @dataclass(frozen=True, slots=True)

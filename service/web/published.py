@@ -1,4 +1,4 @@
-"""Answers that many requests share: documents that are encoded once, and recent looks.
+"""Documents that many requests share. They are encoded once.
 
 A route that needs no key costs at most 1 ms of the event loop, because strangers may flood it.
 """
@@ -6,18 +6,13 @@ A route that needs no key costs at most 1 ms of the event loop, because stranger
 import asyncio
 import hashlib
 import json
-import math
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.strict_json import JSON
-
-Seen = TypeVar("Seen")
-FRESH_S = 0.1
 
 
 def has_tag(tags: str, etag: str) -> bool:
@@ -50,22 +45,3 @@ class Published:
         if has_tag(request.headers.get("if-none-match", ""), self._etag):
             return Response(status_code=304, headers=headers)
         return Response(self._body, headers=headers, media_type="application/json")
-
-
-class RecentLook(Generic[Seen]):
-    """Shares one look among the requests that come while it runs and `FRESH_S` after it."""
-
-    def __init__(self) -> None:
-        self._looking: asyncio.Task[Seen] | None = None
-        self._until = math.inf
-
-    async def look(self, begin: Callable[[], Coroutine[Any, Any, Seen]]) -> Seen:
-        loop = asyncio.get_running_loop()
-        if self._looking is None or loop.time() > self._until:
-            self._until = math.inf
-            self._looking = loop.create_task(begin())
-            self._looking.add_done_callback(lambda _: self._seen_at(loop.time()))
-        return await asyncio.shield(self._looking)
-
-    def _seen_at(self, time: float) -> None:
-        self._until = time + FRESH_S

@@ -78,26 +78,24 @@ async def submit(request: Request) -> Response:
         message = f"Idempotency-Key must be 1 to 255 visible ASCII characters, not {named(key)}"
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
-    task_id, replayed = await accepted(request, key)
+    task_id, new = await accepted(request, key)
     context.shedder.bodies.forget(request.state.body)
     bind_contextvars(task_id=task_id)
     waits = context.shedder.submissions
     if wait_s != 0 and not waits.left(caller.owner, caller.key):
         wait_s, applied = 0.0, None  # a task that is accepted is not refused
     headers = {"Preference-Applied": applied} if applied else {}
-    if replayed:
+    if new is None:
         headers["Idempotency-Replayed"] = "true"
     done, wait_s = (attempted, FIRST_OUTCOME_S) if wait_s is None else (ended, wait_s)
-    share = waits.take(caller.owner, caller.key) if wait_s else nullcontext()
-    with share, context.shedder.idle():
-        row, images = await wait_for(
-            context.resources,
-            task_id,
-            done,
-            wait_s,
-            request.is_disconnected,
-            new=wait_s > 0 and not replayed,
-        )
+    if new is not None and not wait_s:
+        row, images = new, list[ImageRow]()
+    else:
+        is_new, new = new is not None, None  # its memory is free while the request waits
+        share = waits.take(caller.owner, caller.key) if wait_s else nullcontext()
+        looking = context.resources, task_id, done, wait_s, request.is_disconnected
+        with share, context.shedder.idle():
+            row, images = await wait_for(*looking, new=is_new)
     bind_contextvars(**row.origin.ids)
     if row.refusal_status is None:
         return JSONResponse(shown(request, row, images), headers=headers)
@@ -108,9 +106,9 @@ async def submit(request: Request) -> Response:
     return error_response(request, status, code, message, headers, **more)
 
 
-async def accepted(request: Request, key: str | None) -> tuple[str, bool]:
-    """The id of the durable task, and whether it existed before. The body is in memory only here,
-    and not while the request waits for the task.
+async def accepted(request: Request, key: str | None) -> tuple[str, TaskRow | None]:
+    """The id of the durable task, and its row unless it existed before. The body is in memory only
+    here, and not while the request waits for the task.
     """
     intake, caller = context_of(request).intake, caller_of(request)
     text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
