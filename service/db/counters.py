@@ -2,6 +2,7 @@
 
 from sqlalchemy import Connection, bindparam, insert, select, update
 
+from service.db.prepared import run
 from service.db.tables import counters
 from service.db.transaction import Transaction
 
@@ -37,5 +38,5 @@ def next_numbers(tx: Transaction, name: str, count: int) -> range:
     """The next numbers of a sequence. The counter's row stays locked until the commit, so that
     rows become visible in the order of their numbers, with any number of writers.
     """
-    last: int = tx.connection.execute(_RAISING, {"counter": name, "by": count}).scalar_one()
+    ((last,),) = run(tx.connection, _RAISING, {"counter": name, "by": count})
     return range(last - count + 1, last + 1)

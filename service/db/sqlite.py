@@ -30,6 +30,7 @@ from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import SteadyClock
 from service.db.file_lock import FileLock
 from service.db.integrity import begin, connecting, damaged, examine
+from service.db.prepared import DRIVER
 from service.db.queues import release_all
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreInUse, StoreUnavailable
@@ -56,7 +57,8 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
     )
 
     @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: object) -> None:
+    def prepare(connection: Any, record: Any) -> None:
+        record.info[DRIVER] = connection
         if readonly:
             settings = ["busy_timeout=5000", "query_only=ON"]
         else:  # the writer runs in the event loop, which must not wait

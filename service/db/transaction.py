@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Insert, Table, Update, bindparam, insert, update
 
+from service.db.prepared import run_many
 from service.ops.tracing import Origin
 from service.strict_json import JSON
 
@@ -113,14 +114,14 @@ class Transaction:
         An operation calls it before it reads its own changes.
         """
         for table, rows in self.inserts.items():
-            self.connection.execute(inserting(table), rows)
+            run_many(self.connection, inserting(table), rows)
         self.inserts.clear()
         for table, changed in self.changes.items():
             alike: dict[frozenset[str], list[JSON]] = {}
             for id in sorted(changed):
                 alike.setdefault(frozenset(changed[id]), []).append({"row_id": id, **changed[id]})
             for names, parameters in alike.items():
-                self.connection.execute(changing(table, names), parameters)
+                run_many(self.connection, changing(table, names), parameters)
         self.changes.clear()
 
 

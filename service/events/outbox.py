@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import RowMapping, bindparam, or_, select
+from sqlalchemy import bindparam, or_, select
 
 from service.db.counters import next_numbers
 from service.db.paging import Row
+from service.db.prepared import run, run_many
 from service.db.tables import deliveries, endpoints, events, steps, tasks
 from service.db.transaction import Emitted, Lease, Transaction, inserting
 from service.events import endpoint_options
@@ -99,7 +100,7 @@ def emit_dead_letter(tx: Transaction, lease: Lease, cause: str, task_id: str | N
 def flush(tx: Transaction) -> None:
     """Inserts the transaction's timeline steps, its events in sequence, and their deliveries."""
     if tx.steps:
-        tx.connection.execute(inserting(steps), tx.steps)
+        run_many(tx.connection, inserting(steps), tx.steps)
     if not tx.emitted:
         return
     subscribers = _subscribers(tx)
@@ -121,9 +122,9 @@ def flush(tx: Transaction) -> None:
     sequences = {event.id: event.sequence for event in tx.emitted}
     for row in rows:
         row["sequence"] = sequences[row["event_id"]] if row["order_key"] else None
-    tx.connection.execute(inserting(events), event_rows)
+    run_many(tx.connection, inserting(events), event_rows)
     if rows:
-        tx.connection.execute(inserting(deliveries), rows)
+        run_many(tx.connection, inserting(deliveries), rows)
 
 
 def origin_of(tx: Transaction, task_id: str | None) -> Origin:
@@ -145,15 +146,16 @@ _SUBSCRIBERS = select(*(endpoints.c[name] for name in SUBSCRIBER)).where(
 )
 
 
-def _subscribers(tx: Transaction) -> list[RowMapping]:
+def _subscribers(tx: Transaction) -> list[JSON]:
     owners = list({event.owner for event in tx.emitted})
-    return list(tx.connection.execute(_SUBSCRIBERS, {"owners": owners}).mappings())
+    rows = run(tx.connection, _SUBSCRIBERS, {"owners": owners})
+    return [dict(zip(SUBSCRIBER, row, strict=True)) for row in rows]
 
 
 def _deliveries(
-    tx: Transaction, event: Emitted, event_row: JSON, subscribers: list[RowMapping]
+    tx: Transaction, event: Emitted, event_row: JSON, subscribers: list[JSON]
 ) -> list[dict[str, Any]]:
-    targets: list[tuple[RowMapping | None, str]] = [
+    targets: list[tuple[JSON | None, str]] = [
         (endpoint, endpoint["owner"] or OPERATORS)
         for endpoint in subscribers
         if endpoint["owner"] in (None, event.owner)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, func, or_, select, update
 
+from service.db.prepared import run
 from service.db.tables import images
 from service.db.tables import tasks as task_table
 from service.db.transaction import Lease, Transaction
@@ -104,8 +105,9 @@ def images_and_origins(
     connection: Connection, ids: Sequence[str]
 ) -> dict[str, tuple[ImageRow, Origin]]:
     """Images by their ids, each with the origin of its task."""
-    count, rows = len(IMAGE_COLUMNS), connection.execute(_WITH_ORIGIN, {"ids": ids})
-    return {row.id: (ImageRow(*row[:count]), Origin(*row[count:])) for row in rows}
+    count, rows = len(IMAGE_COLUMNS), run(connection, _WITH_ORIGIN, {"ids": list(ids)})
+    found = ((ImageRow(*row[:count]), Origin(*row[count:])) for row in rows)
+    return {image.id: (image, origin) for image, origin in found}
 
 
 def image_and_origin(connection: Connection, image_id: str) -> tuple[ImageRow | None, Origin]:
@@ -180,7 +182,7 @@ def lock_images(
 ) -> tuple[dict[str, ImageRow], dict[str, list[ImageRow]]]:
     """Locked images by their id, and by task where these are all images of the task."""
     rows, numbers = {}, {}
-    for *values, count in connection.execute(_LOCKING, {"ids": ids}):
+    for *values, count in run(connection, _LOCKING, {"ids": list(ids)}):
         row = ImageRow(*values)
         rows[row.id], numbers[row.task_id] = row, count
     of_task: dict[str, list[ImageRow]] = {}

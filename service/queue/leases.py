@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from service.db.prepared import run
 from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction, one_by_one
@@ -139,7 +140,7 @@ def _claim(tx: Transaction, stage: str) -> int:
     while tx.slots.get(stage, 0):
         most, full = claimable(tx, stage)
         statement = _claiming(QUEUES[stage], passing=bool(full))
-        rows = tx.connection.execute(statement, _bound(tx, most) | ({"full": full} if full else {}))
+        rows = run(tx.connection, statement, _bound(tx, most) | ({"full": full} if full else {}))
         leases = [Lease(stage, *row[:-1]) for row in rows]
         for lease in leases:
             use_slot(tx, stage, lease.owner)

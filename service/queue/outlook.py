@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, select
 
+from service.db.prepared import run
 from service.db.queues import QUEUES
 from service.queue.leases import LONGEST_LEASE_MS, ready_rows
 
@@ -25,7 +26,7 @@ class Outlook:
 def outlook(connection: Connection, now: int) -> Outlook:
     """One statement, which a quiet process repeats."""
     bound = {"now": now, "longest": now + LONGEST_LEASE_MS, "free": 1}
-    row = connection.execute(_outlook(), bound).one()
+    (row,) = run(connection, _outlook(), bound)
     count = len(QUEUES)
     ready, candidates, dues = row[:count], row[count : 2 * count], row[2 * count :]
     return Outlook(

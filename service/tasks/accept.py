@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from service.db.prepared import run
 from service.db.tables import tasks
 from service.db.transaction import Transaction
 from service.errors import ApiError, EgressRefused, NotConnected
@@ -291,6 +292,6 @@ insert_also_unpriced = partial(insert_tasks, unpriced=True)
 
 def _existing(tx: Transaction, given: Mapping[str, Any]) -> dict[Any, Inserted]:
     existing: dict[Any, Inserted] = {}
-    for id, owner, key, digest in tx.connection.execute(task_queries.EARLIER, given):
+    for id, owner, key, digest in run(tx.connection, task_queries.EARLIER, given):
         existing[id], existing[owner, key] = Inserted(id, True, digest), Inserted(id, False, digest)
     return existing

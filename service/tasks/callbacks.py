@@ -5,10 +5,12 @@ The transaction that keeps a verdict makes its task due for the confirmation.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Any
 
 from sqlalchemy import Select, bindparam, func, select, tuple_
 
+from service.db.prepared import run
 from service.db.tables import callbacks, tasks
 from service.db.transaction import Transaction
 from service.events import outbox
@@ -100,8 +102,8 @@ def give_verdicts(
     """
     owners_of = _owners_of(tx, items, rows)
     inboxes = {task_id: Inbox(tx, row, owners_of) for task_id, row in rows.items()}
-    for row in tx.connection.execute(_EARLIER, {"task_ids": list(rows)}):
-        inboxes[row.task_id].kept[row.digest] = CallbackRow(*row)
+    for callback in starmap(CallbackRow, run(tx.connection, _EARLIER, {"task_ids": list(rows)})):
+        inboxes[callback.task_id].kept[callback.digest] = callback
     verdicts = []
     for item in items:
         inbox = inboxes.get(item.task_id)

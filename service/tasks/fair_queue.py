@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, or_, select, union_all
 
+from service.db.prepared import run
 from service.db.tables import tasks
 from service.db.transaction import Transaction
 from service.tasks.state import State
@@ -42,7 +43,7 @@ class FairQueue:
         names = sorted(set(owners))
         bound = {f"taker_{number}": name for number, name in enumerate(names)}
         statement = _turns(len(names), more)
-        row = tx.connection.execute(statement, {"now": tx.now, **bound, **(given or {})}).one()
+        (row,) = run(tx.connection, statement, {"now": tx.now, **bound, **(given or {})})
         self.behind: bool = row[0] is not None
         self._reached: int = row[1] or 0
         self._last: dict[str, int | None] = dict(zip(names, row[2:], strict=False))

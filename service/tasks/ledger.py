@@ -16,6 +16,7 @@ from sqlalchemy import Connection, bindparam, func, select
 from service.credits import credits_number
 from service.db.counters import next_numbers
 from service.db.money_tables import ledger
+from service.db.prepared import run, run_many
 from service.db.transaction import Transaction, inserting
 from service.events.outbox import log_emitted, origin_of
 from service.ops.metrics import Metrics
@@ -86,7 +87,7 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]])
         return
     for row, sequence in zip(rows, next_numbers(tx, "ledger", len(rows)), strict=True):
         row["sequence"] = sequence
-    tx.connection.execute(inserting(ledger), rows)
+    run_many(tx.connection, inserting(ledger), rows)
     tx.posted += rows
     tx.origins |= {row.id: row.origin for row, *_ in items.values()}
 
@@ -101,7 +102,7 @@ _BOOKED = (
 def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, int]]:
     """The sums of each task's entries by kind."""
     sums: dict[str, dict[str, int]] = {}
-    for task_id, kind, credits in connection.execute(_BOOKED, {"task_ids": task_ids}):
+    for task_id, kind, credits in run(connection, _BOOKED, {"task_ids": task_ids}):
         sums.setdefault(task_id, {})[kind] = int(credits)
     return sums
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, and_, select
 
+from service.db.prepared import run
 from service.db.tables import images as image_table
 from service.db.tables import tasks as task_table
 from service.ops.tracing import Origin
@@ -144,7 +145,9 @@ def select_images(*where: Any) -> Select[Any]:
 def task_rows(
     connection: Connection, statement: Select[Any], given: Mapping[str, Any] | None = None
 ) -> list[TaskRow]:
-    return [TaskRow(*row) for row in connection.execute(statement, given)]
+    """`given`: the values that a statement binds which is made once."""
+    rows = connection.execute(statement) if given is None else run(connection, statement, given)
+    return [TaskRow(*row) for row in rows]
 
 
 def image_rows(connection: Connection, statement: Select[Any]) -> list[ImageRow]:
