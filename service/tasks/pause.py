@@ -60,11 +60,12 @@ def _pause(connection: Connection, statement: Select[Any]) -> Pause:
 
 
 def with_pause(statement: Select[Any]) -> Select[Any]:
-    """A select of tasks with the pause as its last columns, which does not change until the
-    transaction ends.
+    """A select that locks tasks, with the pause as its last columns, which does not change until
+    the transaction ends.
     """
     statement = statement.add_columns(*_COLUMNS).join(pauses, pauses.c.name == SUBMISSION)
-    return statement.with_for_update(read=True, of=pauses)
+    locked = statement.with_for_update(of=tasks)
+    return locked.suffix_with("FOR SHARE OF pauses", dialect="postgresql")
 
 
 def locked_pause(tx: Transaction) -> Pause:

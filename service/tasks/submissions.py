@@ -8,6 +8,7 @@ from functools import cache
 
 from sqlalchemy import bindparam, select
 
+from service.db.prepared import run
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
@@ -25,7 +26,6 @@ from service.tasks.transitions import (
     end,
     keep_raw,
     lock,
-    lock_leased,
     locking,
     move,
     note_held,
@@ -53,10 +53,8 @@ class SubmissionStart:
     resubmit: bool = False  # an uncertain task may be sent again
 
 
-_BODIES = with_pause(
-    select(tasks.c.id, tasks.c.body, callback_waits(tasks.c.id)).where(
-        tasks.c.id.in_(bindparam("ids", expanding=True))
-    )
+_STARTING = with_pause(
+    locking(bindparam("ids", expanding=True)).add_columns(tasks.c.body, callback_waits(tasks.c.id))
 )
 
 
@@ -64,16 +62,14 @@ def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list
     """Moves tasks to `submitting`. Returns the body to send, or None if this process must not, as
     while submission is paused.
     """
-    found = list(lock_leased(tx, items))
-    ids = [row.id for _, row in found if row]
-    bodies = {
-        row[0]: (row[1], row[2], Pause(*row[3:]))
-        for row in tx.connection.execute(_BODIES, {"ids": ids})
-    }
+    rows = run(tx.connection, _STARTING, {"ids": list({item.lease.key for item in items})})
+    found = {row[0]: (TaskRow(*row[:-5]), *row[-5:]) for row in rows}
     started: list[bytes | None] = []
-    for item, row in found:
-        body, called, pause = bodies[row.id] if row else (None, False, Pause())
-        started.append(body if row and _start(tx, row, item, pause, called=called) else None)
+    for item in items:
+        row, body, called, *pause = found.get(item.lease.key, (None, None, False))
+        held = row is not None and leases.holds(item.lease, row)
+        ready = held and _start(tx, row, item, Pause(*pause), called=called)
+        started.append(body if ready else None)
     return started
 
 
