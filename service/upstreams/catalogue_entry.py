@@ -145,8 +145,9 @@ class ModelEntry(CataloguePart):
 
     def _together(self, name: str, rule: FieldRule, body: Mapping[str, Any]) -> str | None:
         """Why a number is refused beside the input images."""
-        most, links = getattr(rule, "with_images", None), value_at(body, "image_urls")
-        if most is None or not isinstance(links, list):
+        links = value_at(body, "image_urls")
+        most = getattr(rule, "with_images", None) if isinstance(links, list) else None
+        if most is None:
             return None
         number, images = value_at(body, name), len(links)
         if number + images <= most:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import Any
 
@@ -22,6 +23,7 @@ BYTES, BYTES_OF_ADDRESS = 128 * MIB, 96 * MIB  # of bodies in memory. A key has 
 SLOW_S = 1.0  # after which a body or a connection may be ended for another
 
 
+@lru_cache(1000)
 def address_of(client: tuple[str, int] | None) -> str:
     """The address of a client. One network of IPv6 (/64) counts as one address, because one machine
     has it. Clients of a Unix socket are one.

@@ -46,7 +46,7 @@ class LogSampler:
 # client's request takes up to a millisecond, and a callback needs several turns. So few of clients
 # begin in one turn, and one while a callback is in hand.
 BEGIN_PER_TURN = 100
-CLIENTS_PER_TURN = 4
+CLIENTS_PER_TURN = 16
 MAX_COMMITTING = 200  # callbacks, beyond which further ones wait in the queue
 MAX_QUEUED = 5000  # callbacks, beyond which each one gets 503 at once, and the upstream retries it
 # At most, as a flood of callbacks must not stop the workers and the readers.

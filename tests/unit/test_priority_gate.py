@@ -78,14 +78,15 @@ async def test_few_requests_of_clients_begin_in_one_turn(in_hand: bool) -> None:
     Others go on in the order in which they came.
     """
     gate, begun, turns = PriorityGate(), list[int](), list[int]()
+    count = 2 * overload.CLIENTS_PER_TURN + 1
     with gate.callback() if in_hand else nullcontext():
-        for number in range(9):
+        for number in range(count):
             if gate.admit(partial(begun.append, number), callback=False):
                 begun.append(number)
-        while len(begun) < 9:
+        while len(begun) < count:
             turns.append(len(begun))
             await asyncio.sleep(0)
-        assert begun == list(range(9))
+        assert begun == list(range(count))
     steps = {after - before for before, after in pairwise(turns)}
     assert max(steps) == turns[0] == (1 if in_hand else overload.CLIENTS_PER_TURN)
 

@@ -23,6 +23,8 @@ def check_query(request: Request, spec: Spec) -> None:
     """Raises ApiError 400 for a parameter that the route does not have. An ignored filter would
     give a wrong list. The same holds for text that is no UTF-8, such as a lone surrogate.
     """
+    if not request.scope["query_string"]:
+        return
     try:
         unquote_to_bytes(request.scope["query_string"]).decode()
     except UnicodeDecodeError:
