@@ -186,7 +186,16 @@ def hash_api_key(key: str) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """The same bytes for equal JSON: sorted keys, no spaces, ASCII. ValueError: NaN or an infinity.
-    TypeError: not JSON.
+    """The same bytes for equal JSON: sorted keys, no spaces, ASCII, 1.0 as 1. ValueError: NaN or an
+    infinity. TypeError: not JSON.
     """
+    value = _with_whole_numbers(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _with_whole_numbers(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -221,6 +221,7 @@ def test_equal_json_has_one_spelling() -> None:
         canonical_json(json.loads('{ "b": [1, null], "a": "\u00e9" }'))
         == b'{"a":"\\u00e9","b":[1,null]}'
     )
+    assert canonical_json({"n": [1.0, -0.0, 1e3, 0.5]}) == b'{"n":[1,0,1000,0.5]}'
     assert canonical_json({"n": 1}) != canonical_json({"n": "1"})
     assert canonical_json({"n": 1}) != canonical_json({"n": True})
 
