@@ -2,6 +2,7 @@
 
 import hmac
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -36,6 +37,10 @@ class Caller:
         """The only owner with data that the caller sees, or None for every owner."""
         return None if "admin" in self.scopes else self.owner
 
+    def has(self, scopes: Iterable[str]) -> bool:
+        """Whether the key has one of the scopes."""
+        return not self.scopes.isdisjoint({"admin", *scopes})
+
 
 def caller_of(request: Request) -> Caller:
     caller: Caller = request.state.caller
@@ -43,9 +48,7 @@ def caller_of(request: Request) -> Caller:
 
 
 class Access:
-    """Looks up API keys, and caches the store's answers for `CACHE_S`. `sessions` are those of the
-    console. None: it is off.
-    """
+    """Looks up API keys, and caches what the store answers. `sessions` None: without console."""
 
     def __init__(
         self, store: BatchingStore, admin_key: str | None, sessions: Sessions | None = None
@@ -55,9 +58,7 @@ class Access:
         self._cache: dict[str, tuple[float, Caller]] = {}  # of valid keys
 
     async def caller(self, request: Request, *scopes: str) -> Caller:
-        """A caller with one of the scopes. Raises ApiError 401 without a valid key, 403 without the
-        scope.
-        """
+        """A caller with one of the scopes. Raises ApiError 401 without a valid key, else 403."""
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         key = text.strip()
         caller = await self.by_key(key) if scheme.lower() == "bearer" and key else None
@@ -69,7 +70,7 @@ class Access:
             log.warning("auth.refused", reason="no valid key", hint=hint)
             message = "a valid API key is needed: Authorization: Bearer KEY"
             raise ApiError(401, "unauthorized", message)
-        if caller.scopes.isdisjoint({"admin", *scopes}):
+        if not caller.has(scopes):
             log.warning("auth.refused", reason=f"needs {' or '.join(scopes)}", owner=caller.owner)
             message = f"the key needs the scope {' or '.join(scopes)}"
             raise ApiError(403, "permission_denied", message)

@@ -1,7 +1,7 @@
 """The table of the console's pages, and what surrounds each of them."""
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from urllib.parse import quote, urlsplit
 
@@ -17,7 +17,6 @@ from service.web.console.form_bodies import read_form
 from service.web.console.pages import (
     deliveries_page,
     docs_page,
-    doctor_page,
     endpoints_page,
     gallery_page,
     keys_page,
@@ -25,7 +24,6 @@ from service.web.console.pages import (
     overview_page,
     playground_page,
     spending_page,
-    task_page,
     tasks_page,
 )
 from service.web.console.sign_in import (
@@ -40,7 +38,7 @@ from service.web.console.sign_in import (
 from service.web.console.visits import View, Visit
 from service.web.context import context_of
 from service.web.error_responses import respond
-from service.web.routes.table import Path
+from service.web.routes.operation import Handler, Path, path_routes
 from service.web.sessions import Session
 
 ANY = "read submit subscribe"
@@ -60,19 +58,16 @@ VIEWS: Sequence[View] = (
     *playground_page.VIEWS,
     *gallery_page.VIEWS,
     *tasks_page.VIEWS,
-    *task_page.VIEWS,
     *deliveries_page.VIEWS,
     *endpoints_page.VIEWS,
     *spending_page.VIEWS,
     *overview_page.VIEWS,
     *operations_page.VIEWS,
-    *doctor_page.VIEWS,
     *keys_page.VIEWS,
     View("POST /console/sign-out", sign_out, ANY),
     View("GET /console/{rest:path}", unknown, ANY),
 )
 ERRORS = (ApiError, StoreUnavailable, BlobUnavailable, EgressError)
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def navigation(caller: Caller) -> tuple[tuple[str, str, str], ...]:
@@ -82,9 +77,7 @@ def navigation(caller: Caller) -> tuple[tuple[str, str, str], ...]:
 
 
 async def begin(request: Request, view: View) -> Visit | Response:
-    """The visit, with its form read. A visitor without a session goes to the sign-in page.
-    Raises ApiError.
-    """
+    """The visit, with its form read, or the way to the sign-in page. Raises ApiError."""
     context, sessions = context_of(request), sessions_of(request)
     session, caller = sessions.read(request), await context.access.signed_in(request)
     if session is None or caller is None:
@@ -93,7 +86,8 @@ async def begin(request: Request, view: View) -> Visit | Response:
         query = f"?{request.url.query}" if request.url.query else ""
         target = quote(request.url.path + query, safe="/")
         if request.headers.get("sec-fetch-site") == "cross-site":
-            return await show_sign_in(with_next(request, target))
+            scope = {**request.scope, "query_string": f"next={target}".encode()}
+            return await show_sign_in(Request(scope, request.receive))
         return RedirectResponse(f"{SIGN_IN}?next={target}", 303)
     bind_contextvars(owner=caller.owner)
     request.state.caller = caller
@@ -109,11 +103,7 @@ async def begin(request: Request, view: View) -> Visit | Response:
     return visit
 
 
-def with_next(request: Request, target: str) -> Request:
-    return Request({**request.scope, "query_string": f"next={target}".encode()}, request.receive)
-
-
-def page_endpoint(view: View) -> Endpoint:
+def page_endpoint(view: View) -> Handler:
     async def endpoint(request: Request) -> Response:
         visit = await begin(request, view)
         return visit if isinstance(visit, Response) else await view.page(visit)
@@ -121,16 +111,13 @@ def page_endpoint(view: View) -> Endpoint:
     return guarded_page(endpoint)
 
 
-def guarded_page(endpoint: Endpoint) -> Endpoint:
-    """The endpoint behind load shedding. An error becomes a page, and every answer has the headers
-    that protect it.
-    """
+def guarded_page(endpoint: Handler) -> Handler:
+    """The endpoint behind load shedding. An error becomes a page. Headers protect every answer."""
 
     async def guarded(request: Request) -> Response:
         try:
             shedder = context_of(request).shedder
-            with shedder.request(), shedder.bodies.request() as held:
-                request.state.body = held
+            with shedder.request(), shedder.bodies.request() as request.state.body:
                 response = await endpoint(request)
         except ERRORS as error:
             response = await error_page(request, error)
@@ -174,22 +161,9 @@ async def error_page(request: Request, error: Exception) -> Response:
 
 
 def console_routes() -> list[Route]:
-    limiter = LoginLimiter()
-    attempt: Endpoint = partial(sign_in, limiter=limiter)
-    forms = {"GET": guarded_page(show_sign_in), "POST": guarded_page(attempt)}
-    paths: dict[str, dict[str, Endpoint]] = {SIGN_IN: forms}
-    for view in VIEWS:
-        paths.setdefault(view.path, {})[view.method] = page_endpoint(view)
-    return [
-        Path(path, by_method(methods), methods=list(methods)) for path, methods in paths.items()
-    ]
-
-
-def by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
-    async def answer(request: Request) -> Response:
-        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
-
-    return answer
+    attempt = guarded_page(partial(sign_in, limiter=LoginLimiter()))
+    forms = [("GET", SIGN_IN, guarded_page(show_sign_in)), ("POST", SIGN_IN, attempt)]
+    return path_routes([*forms, *((view.method, view.path, page_endpoint(view)) for view in VIEWS)])
 
 
 def page_routes(*, console: bool) -> list[Route]:

@@ -1,25 +1,32 @@
-"""A visit: one request for a page by a signed-in person, and what its page needs to answer."""
+"""A visit: one request for a page by a signed-in person, and what its page needs to answer. It
+calls the functions of the public API inside the process.
+"""
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
+from starlette.types import Message, Receive
 
 from service.errors import ApiError
 from service.web.auth import Caller
-from service.web.console.api_calls import Query, api_document, api_response
 from service.web.console.form_bodies import FormFields
 from service.web.console.templating import environment
 from service.web.context import Context, context_of
+from service.web.routes.operation import ID, Spec, check_query
+from service.web.routes.table import SPECS
 from service.web.sessions import FLASH, FLASH_S, Session
 
+Act = TypeVar("Act")
+Query = Mapping[str, Any]
+
 FRAGMENT = "x-fragment"  # a script asks for a part of the page
-Headers = Mapping[str, str] | None
+OPERATIONS: Mapping[str, Spec] = {f"{spec.method} {spec.path}": spec for spec in SPECS}
 
 
 @dataclass(slots=True)
@@ -50,30 +57,67 @@ class Visit:
         text: str = self.request.path_params[name]
         return text
 
+    def act(self, acts: Mapping[str, Act]) -> tuple[str, Act]:
+        """The act that the path names. Raises ApiError 404."""
+        name = self.path("act")
+        if name not in acts:
+            raise ApiError(404, "not_found", "There is no such page.")
+        return name, acts[name]
+
     async def answer(
         self,
         operation: str,
         query: Query | None = None,
         body: object = None,
-        headers: Headers = None,
+        headers: Mapping[str, str] | None = None,
         **path: str,
     ) -> Response:
-        """The response of an operation of the API as it is, such as a file."""
-        return await api_response(
-            self.request, self.caller, operation, query, body, headers, **path
-        )
+        """The response of an operation such as `GET /v1/tasks/{task_id}`, as it is. A parameter
+        that is None or empty is left out. Raises ApiError, also for a missing scope.
+        """
+        spec, outer = OPERATIONS[operation], self.request
+        if not self.caller.has(spec.scopes):
+            message = f"your key needs the scope {' or '.join(spec.scopes)}"
+            raise ApiError(403, "permission_denied", message)
+        if not all(ID.fullmatch(value) for value in path.values()):
+            raise ApiError(404, "not_found", "nothing has that id")
+        asked = {name: value for name, value in (query or {}).items() if value not in (None, "")}
+        content = b"" if body is None else json.dumps(body).encode()
+        given = {
+            "host": outer.headers.get("host", ""),
+            "content-type": "application/json",
+            "content-length": str(len(content)),
+            **(headers or {}),
+        }
+        scope = {
+            **outer.scope,
+            "method": spec.method,
+            "path": spec.path.format(**path),
+            "raw_path": quote(spec.path.format(**path)).encode(),
+            "query_string": urlencode(asked, doseq=True).encode(),
+            "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
+            "path_params": path,
+            "state": {**outer.scope["state"], "caller": self.caller, "scopes": spec.scopes},
+        }
+        inner = Request(scope, before(content, outer.receive))
+        check_query(inner, spec)
+        with self.context.shedder.bodies.request() as inner.state.body:
+            return await spec.endpoint(inner)
 
-    async def call(
-        self,
-        operation: str,
-        query: Query | None = None,
-        body: object = None,
-        headers: Headers = None,
-        **path: str,
-    ) -> Any:
-        """The document that an operation of the API answers with. Raises ApiError."""
-        response = await self.answer(operation, query, body, headers, **path)
-        return await api_document(self.request, response)
+    async def call(self, operation: str, query: Query | None = None, **given: Any) -> Any:
+        """The document of an `answer`. Raises ApiError for an error, such as the upstream's."""
+        response, pieces = await self.answer(operation, query, **given), list[bytes]()
+
+        async def send(message: Message) -> None:
+            pieces.append(message.get("body", b""))
+
+        await response(self.request.scope, self.request.receive, send)
+        content = b"".join(pieces)
+        if response.status_code < 400:
+            return json.loads(content) if content else None
+        error = json.loads(content)["error"]
+        status, code, message = response.status_code, error["code"], error["message"]
+        raise ApiError(status, code, message, param=error["param"], task_id=error["task_id"])
 
     async def list_of(self, operation: str, query: Query) -> tuple[Any, ApiError | None]:
         """The document of a list, or an empty one with the error that refused the filter."""
@@ -83,30 +127,17 @@ class Visit:
             return {"data": [], "next_cursor": None}, error
 
     async def keep(self, form: FormFields, name: str | None, content: AsyncIterator[bytes]) -> str:
-        """Stores an input image of a form within the limits of the form's model, and returns its
-        id. Raises ApiError.
-        """
-        files, rule = (
-            self.context.files,
-            self.context.intake.catalogue.image_rule(form.get("model")),
-        )
-        owner = self.caller.owner
-        return (await files.keep(owner, lambda: name, content, rule, param="image_urls")).id
+        """Stores an input image of a form, and returns its id. Raises ApiError."""
+        keep, owner = self.context.files.keep, self.caller.owner
+        rule = self.context.intake.catalogue.image_rule(form.get("model"))
+        return (await keep(owner, lambda: name, content, rule, param="image_urls")).id
 
     def render(
-        self,
-        template: str,
-        status: int | None = None,
-        *,
-        error: ApiError | None = None,
-        **values: Any,
+        self, template: str, status: int | None = None, error: ApiError | None = None, **values: Any
     ) -> Response:
-        """The page, by default with the status of its error. A script that asks for a fragment gets
-        it without the frame around it.
-        """
+        """The page, by default with the status of its error. A fragment has no frame around it."""
         status = status or (error.status if error else 200)
-        links = self.context.resources.links
-        sessions = self.context.access.sessions
+        links, sessions = self.context.resources.links, self.context.access.sessions
         flash = sessions.flash(self.request) if sessions and not self.fragment else None
         shown = {
             "layout": "bare.html" if self.fragment else "layout.html",
@@ -135,6 +166,16 @@ class Visit:
         return response
 
 
+def before(content: bytes, rest: Receive) -> Receive:
+    """Receives the content, then what the connection brings: the disconnect of the browser."""
+    waiting: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> Message:
+        return waiting.pop() if waiting else await rest()
+
+    return receive
+
+
 def image_src(image: Mapping[str, Any], image_base_url: str | None) -> str:
     """Where the browser finds a stored image: on this host, under any base URL."""
     url: str = image["url"]
@@ -146,9 +187,7 @@ Page = Callable[[Visit], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A page or an act: method and path, and the scopes of which a key needs one. A GET with a
-    `title` is in the navigation.
-    """
+    """A page or an act. A key needs one of the scopes. A `title` stands in the navigation."""
 
     operation: str
     page: Page
@@ -165,4 +204,4 @@ class View:
         return self.operation.partition(" ")[2]
 
     def allows(self, caller: Caller) -> bool:
-        return not caller.scopes.isdisjoint({"admin", *self.scopes.split()})
+        return caller.has(self.scopes.split())

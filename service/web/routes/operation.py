@@ -1,21 +1,36 @@
-"""One operation of the API: method and path, endpoint, scopes and schemas."""
+"""One operation of the API, and what stands before its endpoint: load shedding, the key and its
+scopes, and limits.
+"""
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
+from structlog.contextvars import bind_contextvars
+
+from service.errors import ApiError, invalid_request
+from service.fair_places import HOLDER
+from service.web.bodies import check_coding
+from service.web.context import context_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 Model = type[BaseModel]
 
+ID = re.compile("[!-~]{1,200}")
+OPERATORS = ("/healthz", "/readyz", "/metrics")
+ANY_KEY = ".KEY"  # ends a parameter that is a family, such as `metadata.KEY`
+NAME_CHARS = 100  # of a parameter, in the answer
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One operation. A key needs one of the scopes. Without scopes, no key is needed. `query`:
-    names of the parameters.
-    """
+    """A key needs one of the scopes. Without scopes, no key is needed. `query`: parameters."""
 
     method: str
     path: str
@@ -47,3 +62,79 @@ def spec(
     status = status or (204 if method == "DELETE" else 200)
     needs = tuple(scopes.split())
     return Spec(method, path, endpoint, needs, answer, body, parameters, status)
+
+
+def check_query(request: Request, spec: Spec) -> None:
+    """Raises ApiError 400 for an unknown parameter, because an ignored filter would give a wrong
+    list, and for text that is no UTF-8, such as a lone surrogate.
+    """
+    if not request.scope["query_string"]:
+        return
+    try:
+        unquote_to_bytes(request.scope["query_string"]).decode()
+    except UnicodeDecodeError:
+        raise invalid_request("the query is not valid UTF-8") from None
+    for name in request.query_params:
+        family, dot, _ = name.partition(".")
+        if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
+            known = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
+            message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {known}"
+            raise invalid_request(message, name[:NAME_CHARS])
+
+
+def guarded(spec: Spec) -> Handler:
+    """The endpoint behind all that. An impossible id is 404 without a look-up."""
+
+    async def endpoint(request: Request) -> Response:
+        shedder = context_of(request).shedder
+        if spec.path in OPERATORS:
+            await authorise(request)
+            return await checked(request)
+        with shedder.lookup():
+            await authorise(request)
+        with shedder.request(), shedder.bodies.request() as request.state.body:
+            return await checked(request)
+
+    async def authorise(request: Request) -> None:
+        if not spec.scopes:
+            return
+        caller = await context_of(request).access.caller(request, *spec.scopes)
+        request.state.caller, request.state.scopes = caller, spec.scopes
+        bind_contextvars(owner=caller.owner)
+        HOLDER.set(caller.owner)
+        if spec.path not in OPERATORS:
+            await context_of(request).limits.count(caller.key)
+
+    async def checked(request: Request) -> Response:
+        check_query(request, spec)
+        check_coding(request)
+        if not all(ID.fullmatch(value) for value in request.path_params.values()):
+            raise ApiError(404, "not_found", "nothing has that id")
+        return await spec.endpoint(request)
+
+    return endpoint
+
+
+class Path(Route):
+    """Also takes its path with a slash at the end: clients repeat a redirected POST as a GET."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        path = scope.get("path", "")
+        if path.endswith("/") and len(path) > 1:
+            scope = {**scope, "path": path.removesuffix("/")}
+        return super().matches(scope)
+
+
+def path_routes(endpoints: Iterable[tuple[str, str, Handler]]) -> list[Route]:
+    """One route per path of all methods, paths and endpoints: a 405 names every method."""
+    paths: dict[str, dict[str, Handler]] = {}
+    for method, path, endpoint in endpoints:
+        paths.setdefault(path, {})[method] = endpoint
+    return [Path(path, by_method(each), methods=list(each)) for path, each in paths.items()]
+
+
+def by_method(endpoints: Mapping[str, Handler]) -> Handler:
+    async def answer(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return answer

@@ -1,11 +1,8 @@
 """The table of all URLs: method and path, endpoint, scopes and schemas."""
 
-from collections.abc import Mapping
-
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.routing import Route
 
 from service.web import delivery_schemas, endpoint_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
@@ -49,8 +46,7 @@ from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_file_routes as theirs
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
-from service.web.routes.guarded_route import OPERATORS, guarded
-from service.web.routes.operation import Handler, Spec, spec
+from service.web.routes.operation import OPERATORS, guarded, path_routes, spec
 
 
 async def openapi(request: Request) -> Response:
@@ -205,42 +201,17 @@ OPENAPI = Published(lambda: openapi_document(SPECS))
 ASYNCAPI = Published(asyncapi_document)
 
 
-class Path(Route):
-    """A route that also takes its path with a slash at the end. Clients repeat a POST as a GET
-    after a redirect.
-    """
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        path = scope.get("path", "")
-        if path.endswith("/") and len(path) > 1:
-            scope = {**scope, "path": path.removesuffix("/")}
-        return super().matches(scope)
-
-
-def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
-    """One route per path, so that a 405 names every method of the path."""
-
-    def route(path: str) -> Route:
-        methods = {
-            spec.method: endpoint for spec, endpoint in endpoints.items() if spec.path == path
-        }
-
-        async def answer(request: Request) -> Response:
-            return await methods["GET" if request.method == "HEAD" else request.method](request)
-
-        return Path(path, answer, methods=list(methods))
-
-    return [route(path) for path in dict.fromkeys(spec.path for spec in endpoints)]
-
-
 def routes() -> list[Route]:
     """All routes of a web process."""
     path = "/callbacks/{upstream}/{task_id}/{token}"
     callbacks = Route(path, CallbackRoute(), methods=["POST", "PUT"])
-    return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]
+    return [callbacks, *path_routes((spec.method, spec.path, guarded(spec)) for spec in SPECS)]
 
 
 def operators_routes(*, metrics_open: bool) -> list[Route]:
     """The routes of a worker without the clients' API, or of the metrics port (`metrics_open`)."""
-    specs = [spec for spec in SPECS if spec.path in OPERATORS]
-    return table({spec: spec.endpoint if metrics_open else guarded(spec) for spec in specs})
+    return path_routes(
+        (spec.method, spec.path, spec.endpoint if metrics_open else guarded(spec))
+        for spec in SPECS
+        if spec.path in OPERATORS
+    )

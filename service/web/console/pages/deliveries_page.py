@@ -1,6 +1,5 @@
 """Deliveries: failures by endpoint and cause, attempts with request and response, replays."""
 
-import json
 import shlex
 from datetime import datetime, timedelta
 from typing import Any
@@ -9,8 +8,7 @@ from starlette.responses import Response
 
 from service.errors import ApiError
 from service.strict_json import JSON
-from service.web.console.pages.task_page import cut, optional
-from service.web.console.pages.tasks_page import PERIOD, chosen
+from service.web.console.pages.tasks_page import PERIOD, chosen, optional, pretty
 from service.web.console.templating import link
 from service.web.console.visits import View, Visit
 
@@ -87,13 +85,9 @@ async def delivery(visit: Visit) -> Response:
         "delivery.html",
         delivery=found,
         attempts=attempts,
-        sent=sent and {**sent, "body": cut(indented(sent["body"]))},
+        sent=sent and {**sent, "body": pretty(sent["body"])},
         curl=curl_of(sent),
     )
-
-
-def indented(body: str) -> str:
-    return json.dumps(json.loads(body), indent=2, ensure_ascii=False)
 
 
 def started(attempt: JSON) -> str:

@@ -1,6 +1,5 @@
 """The OpenAPI and the AsyncAPI document as pages. They are rendered once."""
 
-import hashlib
 import re
 from functools import cache
 from typing import Any
@@ -12,7 +11,7 @@ from service.strict_json import JSON
 from service.web.asyncapi import document as asyncapi_document
 from service.web.console.templating import environment
 from service.web.openapi import document as openapi_document
-from service.web.published import has_tag
+from service.web.published import tagged
 from service.web.routes.table import SPECS
 
 API, SCHEMAS, EVENTS = "/docs", "/docs/schemas", "/docs/events"
@@ -30,12 +29,7 @@ HEADERS = {
 
 
 async def documentation(request: Request) -> Response:
-    body = rendered(request.url.path)
-    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {**HEADERS, "ETag": etag}
-    if has_tag(request.headers.get("if-none-match", ""), etag):
-        return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type="text/html")
+    return tagged(request, rendered(request.url.path), "text/html", HEADERS)
 
 
 @cache

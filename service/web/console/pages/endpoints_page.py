@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from service.errors import ApiError, invalid_request
 from service.strict_json import JSON
+from service.web.console.submission_form import number_of
 from service.web.console.visits import View, Visit
 from service.web.event_schemas import EVENT_TYPES, TEST_TYPE
 
@@ -54,8 +55,7 @@ SAMPLE: JSON = {
 
 
 async def with_health(visit: Visit, endpoint: JSON) -> JSON:
-    health = await visit.call(f"GET {API}/health", endpoint_id=endpoint["id"])
-    return {**endpoint, "health": health}
+    return endpoint | {"health": await visit.call(f"GET {API}/health", endpoint_id=endpoint["id"])}
 
 
 async def endpoints(visit: Visit) -> Response:
@@ -82,7 +82,6 @@ async def new(visit: Visit, error: ApiError | None = None) -> Response:
 
 
 def body_of(visit: Visit) -> JSON:
-    """What the form of an endpoint says."""
     types = visit.form.get("types").replace(",", " ").split() or [ALL_TASKS]
     rate = visit.form.get("rate_per_s")
     return {
@@ -91,16 +90,8 @@ def body_of(visit: Visit) -> JSON:
         "types": types,
         "ordered": visit.form.get("ordered") == "on",
         "ordered_by": visit.form.get("ordered_by") or None,
-        "rate_per_s": number(rate) if rate else None,
+        "rate_per_s": number_of("rate_per_s", rate, whole=False) if rate else None,
     }
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        message = f"rate_per_s must be a number, not {text[:40]!r}"
-        raise invalid_request(message, "rate_per_s") from None
 
 
 def pairs_of(name: str, text: str) -> dict[str, str]:
@@ -148,28 +139,24 @@ async def change(visit: Visit) -> Response:
 
 
 async def ask(visit: Visit) -> Response:
-    id, name = visit.path("endpoint_id"), visit.path("act")
-    if name not in ACTS:
-        raise ApiError(404, "not_found", "There is no such page.")
-    found = await visit.call(f"GET {API}", endpoint_id=id)
-    return visit.render("endpoint_act.html", endpoint=found, name=name, act=ACTS[name])
+    name, texts = visit.act(ACTS)
+    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    return visit.render("endpoint_act.html", endpoint=found, name=name, act=texts)
 
 
 async def act(visit: Visit) -> Response:
-    id, name = visit.path("endpoint_id"), visit.path("act")
+    id, (name, texts) = visit.path("endpoint_id"), visit.act(ACTS)
     if name == "rotate":
         made = await visit.call(f"POST {API}/rotate", endpoint_id=id)
         return visit.render("endpoint_secret.html", endpoint=made, rotated=True)
     if name == "delete":
         await visit.call(f"DELETE {API}", endpoint_id=id)
-        return visit.redirect(LIST, ACTS[name][3])
-    if name not in ACTS:
-        raise ApiError(404, "not_found", "There is no such page.")
+        return visit.redirect(LIST, texts[3])
     body = {"status": "paused" if name == "pause" else "enabled"}
     changed = await visit.call(f"PATCH {API}", body=body, endpoint_id=id)
     if changed["replay"] and changed["replay"]["count"]:
         return visit.render("endpoint_missed.html", endpoint=changed, missed=changed["replay"])
-    return visit.redirect(f"{LIST}/{id}", ACTS[name][3])
+    return visit.redirect(f"{LIST}/{id}", texts[3])
 
 
 async def replay_missed(visit: Visit) -> Response:

@@ -1,4 +1,4 @@
-"""The levers of operators, each with a question first, and the audit of all acts."""
+"""The levers of operators, each with a question first, the audit of all acts, and the doctor."""
 
 from typing import Any
 
@@ -41,6 +41,8 @@ AUDIT_FIELDS: tuple[dict[str, Any], ...] = (
     {"name": "action", "label": "Action", "placeholder": "task.resolve"},
     {"name": "target", "label": "Target", "placeholder": "task_…"},
 )
+# The colours of the doctor's findings, as those of states.
+TONES = {"ok": "delivered", "warning": "paused", "fault": "dead", "skipped": "queued"}
 
 
 async def operations(visit: Visit) -> Response:
@@ -65,7 +67,7 @@ async def change_pause(visit: Visit) -> Response:
 
 async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
     """The number of tasks that match the filter, and the question."""
-    act = act_of(visit)
+    act, (title, about) = visit.act(BULK)
     choice, count = chosen(CHOICE, visit.query or dict(visit.form.pairs)), None
     body: JSON = {"filter": choice, "dry_run": True}
     try:
@@ -76,8 +78,8 @@ async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
     return visit.render(
         "bulk_act.html",
         act=act,
-        title=BULK[act][0],
-        about=BULK[act][1],
+        title=title,
+        about=about,
         choice=choice,
         count=count,
         fields=FIELDS,
@@ -86,24 +88,17 @@ async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
 
 
 async def act_in_bulk(visit: Visit) -> Response:
-    act, form = act_of(visit), visit.form
+    (act, (title, _)), form = visit.act(BULK), visit.form
     body: JSON = {"filter": chosen(CHOICE, dict(form.pairs)), "reason": form.get("reason") or None}
     try:
         result = await send(visit, act, body | decision(act, form.get("as")))
     except ApiError as error:
         return await ask_bulk(visit, error)
-    return visit.redirect(HOME, f"{BULK[act][0]}: {result['done']} tasks.")
+    return visit.redirect(HOME, f"{title}: {result['done']} tasks.")
 
 
 def decision(act: str, word: str) -> JSON:
     return {"as": word} if act == "resolve" else {}
-
-
-def act_of(visit: Visit) -> str:
-    act = visit.path("act")
-    if act not in BULK:
-        raise ApiError(404, "not_found", "There is no such page.")
-    return act
 
 
 async def send(visit: Visit, act: str, body: JSON) -> Any:
@@ -123,6 +118,12 @@ async def audit(visit: Visit) -> Response:
     )
 
 
+async def doctor(visit: Visit) -> Response:
+    """The checks run when an operator asks for them."""
+    found = await visit.call("GET /v1/doctor") if visit.query.get("run") else None
+    return visit.render("doctor.html", found=found, tones=TONES)
+
+
 VIEWS = (
     View(f"GET {HOME}", operations, "admin", "Operations", "operations"),
     View(f"GET {HOME}/submission", ask_pause, "admin"),
@@ -130,4 +131,5 @@ VIEWS = (
     View(f"GET {HOME}/bulk/{{act}}", ask_bulk, "admin"),
     View(f"POST {HOME}/bulk/{{act}}", act_in_bulk, "admin"),
     View("GET /console/audit", audit, "admin", "Audit", "audit"),
+    View("GET /console/doctor", doctor, "admin", "Doctor", "doctor"),
 )
