@@ -32,7 +32,7 @@ from service.upstreams.base import Upstream, UpstreamCall
 from service.upstreams.evolink import EvoLink
 from service.upstreams.file_api import FileApi
 from service.upstreams.lenient import OTHER_BYTES
-from service.web.field_schemas import known_pattern
+from service.web.event_schemas import known_pattern
 from service.web.overload import MANUAL
 
 log = structlog.get_logger()

@@ -149,8 +149,8 @@ async def revoke(store: "BatchingStore", _: "Keyring", asked: JSON) -> JSON:
 async def rotate_secret(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
+    from service.web.key_schemas import SecretRotation
     from service.web.routes.key_routes import rotate_callback_secret
-    from service.web.schemas import SecretRotation
 
     body = validated(SecretRotation, asked)
     owner = body.owner or "admin"

@@ -1,11 +1,10 @@
-"""The schemas of the catalogue and of estimates."""
+"""The schemas of the catalogue."""
 
 from typing import Any, Literal
 
 from pydantic import Field
 
-from service.web.field_schemas import Submission, list_of
-from service.web.shapes import Shape
+from service.web.field_schemas import Shape, list_of
 
 Credits = int | float
 FieldType = Literal[
@@ -88,29 +87,6 @@ class CatalogueModel(Shape):
     input_images: CatalogueImages | None
     price: CataloguePrice | None
     example: dict[str, Any] = Field(description="a submission")
-
-
-class EstimatedSubmission(Submission):
-    """A submission, of which only `model` is needed."""
-
-
-class BudgetFigures(Shape):
-    limit: Credits
-    spent: Credits
-    reserved: Credits
-    left: Credits
-
-
-class Estimate(Shape):
-    credits: Credits | None
-    unit: Literal["credits"]
-    price: Credits | None
-    n: int = Field(description="the number of paid images or requests")
-    per: Literal["image", "request"] = Field(
-        description="the price is for an image or for a request"
-    )
-    basis: Literal["catalogue", "unknown"]
-    budget: BudgetFigures | None
 
 
 CatalogueList = list_of(CatalogueModel)

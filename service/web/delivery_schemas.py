@@ -1,12 +1,11 @@
-"""The schemas of deliveries, their failures and replays, and of endpoints' health."""
+"""The schemas of deliveries, their failures and replays."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BeforeValidator, Field
 
-from service.web.event_schemas import EVENT_TYPES, TEST_TYPE
-from service.web.field_schemas import Body, OptionalBody, Text, whole
-from service.web.shapes import Shape
+from service.web.event_schemas import EVENT_TYPES, Patterns
+from service.web.field_schemas import Body, OptionalBody, Shape, Text, list_of, whole
 
 DeliveryState = Literal["pending", "delivered", "dead"]
 
@@ -34,6 +33,45 @@ class NewDeliveryReplay(OptionalBody):
     dry_run: bool = Field(False, description="only count")
 
 
+class NewReplay(OptionalBody):
+    since: AwareDatetime | None = Field(None, description="by default the oldest event")
+    until: AwareDatetime | None = Field(None, description="by default now")
+    types: Patterns | None = Field(
+        None, description="a subset of the endpoint's types; by default all of them"
+    )
+    only: Literal["undelivered", "dead", "all"] = Field(
+        "undelivered",
+        description="undelivered: events without a delivery that succeeded; pending ones are sent "
+        "now. dead: events without a delivery that succeeded or is pending",
+    )
+    dry_run: bool = Field(False, description="only count")
+
+
+class Counted(Shape):
+    id: str | None = Field(description="of the replay; null after a dry run")
+    count: int
+
+
+class Replay(Shape):
+    id: str
+    endpoint: str | None
+    filter: dict[str, Any] | None = Field(description="of `POST /v1/replays`, else null")
+    state: Literal["running", "done", "cancelled"]
+    since: str
+    until: str
+    types: list[str]
+    only: Literal["undelivered", "dead", "all"]
+    count: int
+    made: int = Field(
+        description="deliveries made or brought forward so far, of which the next three are parts"
+    )
+    pending: int
+    delivered: int
+    dead: int
+    created_at: str
+    finished_at: str | None
+
+
 class FailureGroup(Shape):
     endpoint: str | None = Field(description="null: tasks' own callback_urls")
     cause: str
@@ -55,39 +93,26 @@ class DeliveryRequest(Shape):
     body: str
 
 
-class Hour(Shape):
-    time: str
-    ok: int
-    failed: int
-
-
-class EndpointHealth(Shape):
-    """Of the attempts of the last 24 hours, at most the latest 500."""
-
-    attempts: int
-    success_rate: float | None
-    p50_ms: int | None
-    p95_ms: int | None
-    hours: list[Hour]
-
-
-class EndpointSample(OptionalBody):
-    """An event to send as a test."""
-
-    type: Literal[(TEST_TYPE, *EVENT_TYPES)] = TEST_TYPE  # type: ignore[valid-type]
-    data: dict[str, Any] | None = None
-
-
-class TaskCallback(Shape):
+class Attempt(Shape):
     id: str
-    verdict: str
-    status: str | None = Field(description="what it reports; null if it cannot be read")
-    count: int = Field(description="how often it came")
-    upstream_id: str | None
-    received_at: str
-    last_seen_at: str
-    body: str | None = Field(description="admin: what the upstream sent, while it is kept")
+    time: str
+    status: int | None
+    duration_ms: int
+    error: str | None
+    answer: str | None = Field(description="admin: the first 2 KiB of the subscriber's response")
 
 
-class TaskCallbacks(Shape):
-    data: list[TaskCallback]
+class Delivery(Shape):
+    id: str
+    endpoint: str | None
+    event: str
+    type: str | None = Field(description="of the event; null if it is no longer kept")
+    task: str | None
+    state: DeliveryState
+    cause: str | None = Field(description="why it failed last, until it is delivered")
+    created_at: str
+    next_attempt_at: str | None
+    attempts: list[Attempt]
+
+
+DeliveryList = list_of(Delivery)

@@ -1,21 +1,21 @@
-"""The schemas of endpoints: bodies, and what the API shows of them."""
+"""The schemas of endpoints: bodies, what the API shows of them, and their health."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
+from service.web.event_schemas import EVENT_TYPES, TEST_TYPE, Patterns
 from service.web.field_schemas import (
     TEXT,
     Body,
-    EndpointStatus,
+    OptionalBody,
     Owner,
-    Patterns,
+    Shape,
     Text,
     TrimmedUrl,
     list_of,
 )
-from service.web.shapes import Shape
 
 MAX_HEADERS, KEY_CHARS, PAIRS = 10, 512, 16
 # The service, HTTP or a proxy sets these. A name that ends in a dash stands for all that begin so.
@@ -93,6 +93,7 @@ ORDERED = "one delivery at a time for each task; a failure holds back only its o
 ORDERED_BY = "with `ordered`: a key of the metadata, whose value takes the place of the task"
 METADATA = "only events whose task has all of these pairs in its metadata"
 RATE = "the highest number of requests in a second; null: no cap"
+EndpointStatus = Literal["enabled", "paused", "disabled"]
 
 
 class NewEndpoint(Body):
@@ -119,6 +120,19 @@ class EndpointPatch(Body):
     metadata: MetadataFilter | None = Field(None, description=METADATA)
     headers: StaticHeaders | None = None
     rate_per_s: Rate | None = Field(None, description=RATE)
+
+
+class Rotation(OptionalBody):
+    overlap_s: float = Field(
+        86_400, ge=0, le=30 * 86_400, description="for how long the old secret signs too"
+    )
+
+
+class EndpointSample(OptionalBody):
+    """An event to send as a test."""
+
+    type: Literal[(TEST_TYPE, *EVENT_TYPES)] = TEST_TYPE  # type: ignore[valid-type]
+    data: dict[str, Any] | None = None
 
 
 class Missed(Shape):
@@ -160,3 +174,19 @@ class EndpointWithSecret(Endpoint):
 
 
 EndpointList = list_of(Endpoint)
+
+
+class Hour(Shape):
+    time: str
+    ok: int
+    failed: int
+
+
+class EndpointHealth(Shape):
+    """Of the attempts of the last 24 hours, at most the latest 500."""
+
+    attempts: int
+    success_rate: float | None
+    p50_ms: int | None
+    p95_ms: int | None
+    hours: list[Hour]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import structlog
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -10,10 +11,26 @@ from starlette.responses import JSONResponse, Response
 from service.errors import ApiError, BlobUnavailable, EgressError, StoreUnavailable, type_of
 from service.strict_json import JSON
 from service.web.context import context_of
+from service.web.field_schemas import Shape
+from service.web.money_schemas import RefusingBudget
 
 log = structlog.get_logger()
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class ErrorDetail(Shape):
+    code: str
+    message: str
+    type: str
+    param: str | None
+    request_id: str | None
+    task_id: str | None
+    budget: RefusingBudget | None = Field(None, description="only of `budget_exceeded`")
+
+
+class Error(Shape):
+    error: ErrorDetail
 
 
 def error_body(

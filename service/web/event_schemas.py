@@ -1,11 +1,11 @@
 """The schemas of events: their types, the task in them, and the data of operators' events."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
 
 from service.tasks.state import State
-from service.web.shapes import Shape
+from service.web.field_schemas import Shape
 
 
 class TaskInfo(Shape):
@@ -240,3 +240,29 @@ EVENT_TYPES: dict[str, type[Shape]] = {
     "submission.resumed": SubmissionResumed,
 }
 TEST_TYPE = "endpoint.test"
+
+
+def beginnings(type: str) -> list[str]:
+    """`image.*` and `image.task.*` of `image.task.failed`."""
+    parts = type.split(".")
+    return [".".join(parts[:count]) + ".*" for count in range(1, len(parts))]
+
+
+TYPE_PATTERNS = ("*", *dict.fromkeys(each for type in EVENT_TYPES for each in beginnings(type)))
+TYPE_PATTERNS = (*TYPE_PATTERNS, *EVENT_TYPES)
+
+
+def known_pattern(value: str) -> str:
+    if value in TYPE_PATTERNS:
+        return value
+    raise ValueError(
+        f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}"
+    )
+
+
+Pattern = Annotated[
+    str,
+    AfterValidator(known_pattern),
+    WithJsonSchema({"type": "string", "enum": list(TYPE_PATTERNS)}),
+]
+Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=32)]

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from service.web.field_schemas import Text, list_of
-from service.web.shapes import Shape
+from service.web.field_schemas import Shape, Text, list_of
 
 
 class FormBody(Shape):

@@ -1,42 +1,11 @@
-"""The schemas of new API keys, which may bring a budget."""
+"""The schemas of API keys, which may bring a budget, and of owners' callback secrets."""
 
-from decimal import Decimal
-from typing import Annotated, Literal
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
-
-from service.credits import MAX_CREDITS
 from service.events.outbox import OPERATORS
-from service.web.field_schemas import Body, Owner, Scope
-
-
-def to_millionths(value: object) -> Decimal:
-    """A number of credits, rounded to millionths."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        raise ValueError("must be a number")  # noqa: TRY004 - as pydantic wants it
-    if not 0 <= value <= MAX_CREDITS:
-        raise ValueError(f"must be a number from 0 to {MAX_CREDITS}")
-    return Decimal(str(value)).quantize(Decimal("0.000001"))
-
-
-NUMBER = {"type": "number", "minimum": 0, "maximum": MAX_CREDITS}
-CreditLimit = Annotated[
-    Decimal,
-    BeforeValidator(to_millionths),
-    WithJsonSchema({**NUMBER, "description": "rounded to millionths"}),
-]
-
-
-class NewBudget(Body):
-    period: Literal["day", "month", "total"]
-    credits: CreditLimit
+from service.web.endpoint_schemas import Rotation
+from service.web.field_schemas import Body, Owner, Scope, Shape, list_of
+from service.web.money_schemas import NewBudget
 
 
 class NewKey(Body):
@@ -61,3 +30,37 @@ class NewKey(Body):
                 "the owner admin, who has the operators' events, is for keys with the scope admin"
             )
         return value
+
+
+class Key(Shape):
+    id: str
+    owner: str
+    hint: str
+    scopes: list[str]
+    created_at: str
+    revoked_at: str | None
+
+
+class KeyBudget(Shape):
+    period: str
+    credits: float
+
+
+class CreatedKey(Key):
+    key: str = Field(description="shown here only")
+    callback_secret: str | None = Field(
+        description="with the owner's first key: signs deliveries to its tasks' callback_urls"
+    )
+    budget: KeyBudget | None = Field(description="the owner's budget, if this request set it")
+
+
+class SecretRotation(Rotation):
+    owner: Owner | None = Field(None, description="admin: an owner; by default the caller's own")
+
+
+class CallbackSecret(Shape):
+    owner: str
+    callback_secret: str = Field(description="shown here only")
+
+
+KeyList = list_of(Key)

@@ -2,22 +2,20 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import VERSION
 from service.strict_json import JSON
-from service.web import schemas
+from service.web.error_responses import Error
 from service.web.event_schemas import Event, EventTask
-from service.web.field_schemas import TEXT, Body, Submission
+from service.web.field_schemas import TEXT, Body
 from service.web.file_schemas import FileFailure, FormBody
 from service.web.operation_docs import body, links, reference, responses, usual_refusals
 from service.web.parameters import STREAM_HEADERS, SUBMIT_HEADERS, headers, parameters
-
-if TYPE_CHECKING:
-    from service.web.routes.operation import Spec
+from service.web.routes.operation import Spec
+from service.web.task_schemas import Submission
 
 ABOUT = (
     "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."
@@ -34,8 +32,8 @@ ANY_JSON: JSON = {
 }
 
 
-def document(specs: "Sequence[Spec]") -> JSON:
-    models: set[type[BaseModel]] = {schemas.Error, Event, EventTask, FileFailure}
+def document(specs: Sequence[Spec]) -> JSON:
+    models: set[type[BaseModel]] = {Error, Event, EventTask, FileFailure}
     models.update(model for spec in specs for model in (spec.answer, spec.body) if model)
     ordered = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema(
@@ -62,11 +60,11 @@ def document(specs: "Sequence[Spec]") -> JSON:
     }
 
 
-def operation_id(spec: "Spec") -> str:
+def operation_id(spec: Spec) -> str:
     return spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__
 
 
-def operation(spec: "Spec", specs: "tuple[Spec, ...]") -> JSON:
+def operation(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
     given = parameters(spec.path, spec.query, re.findall(r"\{(\w+)\}", spec.path))
     if spec.body is Submission:
         given += headers(SUBMIT_HEADERS)

@@ -1,14 +1,12 @@
 """The responses and links of each operation, beside its answer in the table of routes."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from service.strict_json import JSON
 from service.web.field_schemas import OptionalBody
 from service.web.file_schemas import FormBody
-
-if TYPE_CHECKING:
-    from service.web.routes.operation import Spec
+from service.web.routes.operation import Spec
 
 ERROR = "#/components/schemas/Error"
 REASONS: Mapping[str, str] = {
@@ -97,7 +95,7 @@ def reference(name: str) -> JSON:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def responses(spec: "Spec") -> JSON:
+def responses(spec: Spec) -> JSON:
     """All responses of an operation: its answer, and every refusal with its form."""
     operation = f"{spec.method} {spec.path}"
     success: JSON = {"description": spec.summary, "headers": dict(REQUEST_ID)}
@@ -121,7 +119,7 @@ def responses(spec: "Spec") -> JSON:
     return made
 
 
-def statuses(spec: "Spec") -> list[str]:
+def statuses(spec: Spec) -> list[str]:
     """The statuses of refusals. Every operation refuses unknown parameters and content codings."""
     made = {"400", "415", "503", *FURTHER.get(f"{spec.method} {spec.path}", "").split()}
     if spec.scopes:
@@ -133,7 +131,7 @@ def statuses(spec: "Spec") -> list[str]:
     return sorted(made)
 
 
-def refusal(spec: "Spec", status: str) -> JSON:
+def refusal(spec: Spec, status: str) -> JSON:
     """A reference to the usual form, or a form of the operation's own."""
     usual = {"$ref": f"#/components/responses/{status}"}
     schema: JSON = {"$ref": ERROR}
@@ -177,7 +175,7 @@ KINDS: Mapping[str, str] = {
 QUERIES: Mapping[str, str] = {"task": "task_id", "endpoint": "endpoint_id"}
 
 
-def sources(spec: "Spec") -> dict[str, str]:
+def sources(spec: Spec) -> dict[str, str]:
     """Parameters that the answer fills, each with the expression of its value."""
     if spec.answer is None:
         return {}
@@ -203,7 +201,7 @@ def sources(spec: "Spec") -> dict[str, str]:
     return made
 
 
-def links(spec: "Spec", specs: "tuple[Spec, ...]", operation_id: Any) -> JSON:
+def links(spec: Spec, specs: tuple[Spec, ...], operation_id: Any) -> JSON:
     """Links to the operations that take what the answer has."""
     given, made = sources(spec), {}
     for target in specs:
@@ -227,7 +225,7 @@ def links(spec: "Spec", specs: "tuple[Spec, ...]", operation_id: Any) -> JSON:
     return made
 
 
-def body(spec: "Spec") -> JSON:
+def body(spec: Spec) -> JSON:
     assert spec.body is not None
     form = issubclass(spec.body, FormBody)
     media: JSON = {"schema": reference(spec.body.__name__)}

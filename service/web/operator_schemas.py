@@ -1,12 +1,13 @@
-"""The schemas of operators' acts: the pause of submission, acts in bulk, the audit."""
+"""The schemas of operators' acts: the pause of submission, acts in bulk, the audit,
+and how the service is.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, JsonValue, model_validator
 
 from service.tasks.state import State
-from service.web.field_schemas import Body, OptionalBody, Owner, Text, list_of
-from service.web.shapes import Shape
+from service.web.field_schemas import Body, OptionalBody, Owner, Shape, Text, list_of
 
 REASON_CHARS = 500
 Reason = Annotated[
@@ -103,3 +104,16 @@ class RecordedAct(Shape):
 
 
 RecordedActList = list_of(RecordedAct)
+
+
+class Health(Shape):
+    status: Literal["ok"]
+
+
+class Readiness(Shape):
+    status: Literal["ok", "degraded", "unavailable"]
+    causes: list[str] = Field(
+        [],
+        description="with a key: `store`, `stopping`, `blobs`, `workers`, `no_worker`, `upstream`,"
+        " `account`, `result_hosts`, `brokers`",
+    )

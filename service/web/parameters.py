@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from service.strict_json import JSON
 from service.tasks.state import State
 from service.tasks.usage import GROUPS
-from service.web.field_schemas import OWNER, TEXT, TYPE_PATTERNS
+from service.web.event_schemas import TYPE_PATTERNS
+from service.web.field_schemas import OWNER, TEXT
 
 LIMIT, MAX_LIMIT = 100, 1000
 MAX_WAIT_S, MAX_TYPES = 60, 32

@@ -12,15 +12,14 @@ from starlette.responses import Response
 
 from service import VERSION
 from service.web import (
-    catalogue_schemas,
+    delivery_schemas,
     endpoint_schemas,
-    field_schemas,
     money_schemas,
     operator_schemas,
-    schemas,
+    task_schemas,
 )
 from service.web.file_schemas import EncodedUpload, FormBody, LinkedUpload
-from service.web.key_schemas import NewKey
+from service.web.key_schemas import NewKey, SecretRotation
 from service.web.openapi import document
 from service.web.routes.operation import Spec
 from service.web.routes.table import SPECS
@@ -170,17 +169,17 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
         }
         ids["replay_id"] = replay["id"]
         bodies: dict[type[Any], JSON] = {
-            field_schemas.Submission: order(),
-            catalogue_schemas.EstimatedSubmission: order(),
+            task_schemas.Submission: order(),
+            money_schemas.EstimatedSubmission: order(),
             endpoint_schemas.NewEndpoint: {"url": takes.url},
             endpoint_schemas.EndpointPatch: {"description": "d"},
             NewKey: {"owner": "y", "scopes": ["read"]},
-            schemas.Resolution: {"as": "failed"},
-            schemas.Rotation: {"overlap_s": 0},
+            task_schemas.Resolution: {"as": "failed"},
+            endpoint_schemas.Rotation: {"overlap_s": 0},
             operator_schemas.BulkResolution: {"as": "failed", "dry_run": True},
             operator_schemas.SubmissionChange: {"paused": False},
-            schemas.SecretRotation: {"overlap_s": 60},
-            schemas.NewReplay: {"only": "all", "dry_run": True},
+            SecretRotation: {"overlap_s": 60},
+            delivery_schemas.NewReplay: {"only": "all", "dry_run": True},
             money_schemas.BudgetChange: {"period": "total", "credits": 1_000_000},
             EncodedUpload: {"base64_data": b64encode(photo()).decode()},
             LinkedUpload: {"file_url": f"{takes.url}/photo.png"},

@@ -6,16 +6,16 @@ from starlette.responses import JSONResponse, Response
 from service.errors import ApiError
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.audit import unless_refused
-from service.web import schemas
 from service.web.acts import perform
 from service.web.bodies import read_model
 from service.web.routes.task_routes import known_task, shown
+from service.web.task_schemas import Resolution
 
 
 async def resolve(request: Request) -> Response:
     """Settle an uncertain submission by hand."""
     task, _ = await known_task(request)
-    body = await read_model(request, schemas.Resolution)
+    body = await read_model(request, Resolution)
     resolution = TaskResolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
     refused = await perform(
         request, "task.resolve", task.id, resolve_tasks, resolution, unless_refused

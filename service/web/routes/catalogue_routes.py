@@ -9,8 +9,8 @@ from service.errors import ApiError
 from service.tasks.budgets import budget_states
 from service.web.auth import caller_of
 from service.web.bodies import read_json, validated
-from service.web.catalogue_schemas import EstimatedSubmission
 from service.web.context import context_of
+from service.web.money_schemas import EstimatedSubmission
 
 
 async def models(request: Request) -> Response:

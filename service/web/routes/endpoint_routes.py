@@ -27,10 +27,8 @@ from service.web.acts import perform, performing
 from service.web.auth import caller_of
 from service.web.bodies import read_model
 from service.web.context import context_of, resources_of
-from service.web.delivery_schemas import EndpointSample
-from service.web.endpoint_schemas import EndpointPatch, NewEndpoint
+from service.web.endpoint_schemas import EndpointPatch, EndpointSample, NewEndpoint, Rotation
 from service.web.list_page import page, position_of
-from service.web.schemas import Rotation
 
 
 def shown(row: Row, headers: JSON | None, replay: JSON | None = None) -> JSON:

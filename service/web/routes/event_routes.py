@@ -18,9 +18,8 @@ from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.bodies import asks_for, query_seconds, query_text
 from service.web.context import context_of
-from service.web.event_schemas import EVENT_TYPES
+from service.web.event_schemas import EVENT_TYPES, known_pattern
 from service.web.event_stream import stream
-from service.web.field_schemas import known_pattern
 from service.web.list_page import page_answer, query_limit
 from service.web.parameters import MAX_TYPES, MAX_WAIT_S, SEQUENCE
 

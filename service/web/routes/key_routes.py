@@ -26,9 +26,8 @@ from service.web.acts import perform, performing
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
 from service.web.bodies import read_model
 from service.web.context import resources_of
-from service.web.key_schemas import NewKey
+from service.web.key_schemas import NewKey, SecretRotation
 from service.web.list_page import page, position_of
-from service.web.schemas import SecretRotation
 
 Acting = Callable[[str, str, JSON | None], secrets.Write]
 

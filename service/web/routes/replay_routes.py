@@ -15,9 +15,8 @@ from service.web.acts import perform
 from service.web.auth import caller_of
 from service.web.bodies import milliseconds, read_model
 from service.web.context import resources_of
-from service.web.delivery_schemas import NewDeliveryReplay
+from service.web.delivery_schemas import NewDeliveryReplay, NewReplay
 from service.web.routes.endpoint_routes import endpoint_of
-from service.web.schemas import NewReplay
 
 DISABLED = unless("endpoint_disabled")
 

@@ -4,16 +4,30 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.web import delivery_schemas, endpoint_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
-from service.web.catalogue_schemas import (
-    CatalogueList,
-    CatalogueModel,
-    Estimate,
-    EstimatedSubmission,
+from service.web.catalogue_schemas import CatalogueList, CatalogueModel
+from service.web.delivery_schemas import (
+    Attempt,
+    Counted,
+    Delivery,
+    DeliveryList,
+    DeliveryRequest,
+    FailureGroups,
+    NewDeliveryReplay,
+    NewReplay,
+    Replay,
+)
+from service.web.endpoint_schemas import (
+    Endpoint,
+    EndpointHealth,
+    EndpointList,
+    EndpointPatch,
+    EndpointSample,
+    EndpointWithSecret,
+    NewEndpoint,
+    Rotation,
 )
 from service.web.event_schemas import EventPage
-from service.web.field_schemas import Submission
 from service.web.file_schemas import (
     EncodedUpload,
     ErasedAnswer,
@@ -25,9 +39,18 @@ from service.web.file_schemas import (
     Upload,
     UploadedFile,
 )
-from service.web.key_schemas import NewKey
-from service.web.money_schemas import BudgetChange, OwnersBudget
+from service.web.key_schemas import CallbackSecret, CreatedKey, KeyList, NewKey, SecretRotation
+from service.web.money_schemas import (
+    BudgetChange,
+    BudgetList,
+    EntryList,
+    Estimate,
+    EstimatedSubmission,
+    OwnersBudget,
+    UsageReport,
+)
 from service.web.openapi import document as openapi_document
+from service.web.operator_schemas import Health, Readiness
 from service.web.public_keys import PublicKeys, public_keys
 from service.web.published import Published
 from service.web.routes import admin_routes as admin
@@ -47,6 +70,15 @@ from service.web.routes import upstream_file_routes as theirs
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
 from service.web.routes.operation import OPERATORS, guarded, path_routes, spec
+from service.web.task_schemas import (
+    CancelledTask,
+    Resolution,
+    Submission,
+    Task,
+    TaskCallbacks,
+    TaskList,
+    Timeline,
+)
 
 
 async def openapi(request: Request) -> Response:
@@ -62,32 +94,25 @@ async def asyncapi(request: Request) -> Response:
 PAGE = "owner&since&until&limit&cursor"  # of every list
 
 SPECS = (
-    spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, Submission),
-    spec("GET /v1/images/generations/{task_id}", tasks.generation, "read", schemas.Task),
+    spec("POST /v1/images/generations", tasks.submit, "submit", Task, Submission),
+    spec("GET /v1/images/generations/{task_id}", tasks.generation, "read", Task),
     spec(
-        f"GET /v1/tasks?state&model&error&prompt&metadata.KEY&{PAGE}",
-        tasks.tasks,
-        "read",
-        schemas.TaskList,
+        f"GET /v1/tasks?state&model&error&prompt&metadata.KEY&{PAGE}", tasks.tasks, "read", TaskList
     ),
     *operators.OPERATIONS,
-    spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
+    spec("GET /v1/tasks/{task_id}", tasks.task, "read", Task),
     spec("DELETE /v1/tasks/{task_id}", tasks.delete, "submit"),
-    spec("GET /v1/tasks/{task_id}/timeline", tasks.timeline, "read", schemas.Timeline),
-    spec(
-        "GET /v1/tasks/{task_id}/callbacks", tasks.callbacks, "read", delivery_schemas.TaskCallbacks
-    ),
-    spec("POST /v1/tasks/{task_id}/cancel", tasks.cancel, "submit", schemas.CancelledTask),
-    spec("POST /v1/tasks/{task_id}/reconcile", admin.reconcile, "admin", schemas.Task),
-    spec(
-        "POST /v1/tasks/{task_id}/resolve", admin.resolve, "admin", schemas.Task, schemas.Resolution
-    ),
+    spec("GET /v1/tasks/{task_id}/timeline", tasks.timeline, "read", Timeline),
+    spec("GET /v1/tasks/{task_id}/callbacks", tasks.callbacks, "read", TaskCallbacks),
+    spec("POST /v1/tasks/{task_id}/cancel", tasks.cancel, "submit", CancelledTask),
+    spec("POST /v1/tasks/{task_id}/reconcile", admin.reconcile, "admin", Task),
+    spec("POST /v1/tasks/{task_id}/resolve", admin.resolve, "admin", Task, Resolution),
     spec("GET /v1/catalogue", catalogue.models, "read submit", CatalogueList),
     spec("GET /v1/catalogue/{model}", catalogue.model, "read submit", CatalogueModel),
     spec("POST /v1/estimates", catalogue.estimate, "submit read", Estimate, EstimatedSubmission),
-    spec("GET /v1/ledger?owner&task&after&limit", money.entries, "read", money_schemas.EntryList),
-    spec("GET /v1/usage?from&to&by&owner&most", money.report, "read", money_schemas.UsageReport),
-    spec("GET /v1/budgets?owner&limit&cursor", money.budgets, "read", money_schemas.BudgetList),
+    spec("GET /v1/ledger?owner&task&after&limit", money.entries, "read", EntryList),
+    spec("GET /v1/usage?from&to&by&owner&most", money.report, "read", UsageReport),
+    spec("GET /v1/budgets?owner&limit&cursor", money.budgets, "read", BudgetList),
     spec("PUT /v1/budgets/{owner}", money.set_budget, "admin", OwnersBudget, BudgetChange),
     spec("GET /v1/credits", upstream.credits, "admin"),
     spec("GET /v1/models", upstream.models, "read"),
@@ -96,87 +121,56 @@ SPECS = (
         "POST /v1/endpoints",
         endpoints.create,
         "subscribe",
-        endpoint_schemas.EndpointWithSecret,
-        endpoint_schemas.NewEndpoint,
+        EndpointWithSecret,
+        NewEndpoint,
         status=201,
     ),
-    spec(f"GET /v1/endpoints?{PAGE}", endpoints.listed, "subscribe", endpoint_schemas.EndpointList),
-    spec("GET /v1/endpoints/{endpoint_id}", endpoints.read, "subscribe", endpoint_schemas.Endpoint),
+    spec(f"GET /v1/endpoints?{PAGE}", endpoints.listed, "subscribe", EndpointList),
+    spec("GET /v1/endpoints/{endpoint_id}", endpoints.read, "subscribe", Endpoint),
     spec(
-        "PATCH /v1/endpoints/{endpoint_id}",
-        endpoints.patch,
-        "subscribe",
-        endpoint_schemas.Endpoint,
-        endpoint_schemas.EndpointPatch,
+        "PATCH /v1/endpoints/{endpoint_id}", endpoints.patch, "subscribe", Endpoint, EndpointPatch
     ),
     spec("DELETE /v1/endpoints/{endpoint_id}", endpoints.delete, "subscribe"),
     spec(
         "POST /v1/endpoints/{endpoint_id}/rotate",
         endpoints.rotate,
         "subscribe",
-        endpoint_schemas.EndpointWithSecret,
-        schemas.Rotation,
+        EndpointWithSecret,
+        Rotation,
     ),
     spec(
-        "POST /v1/endpoints/{endpoint_id}/replay",
-        replays.create,
-        "subscribe",
-        schemas.Counted,
-        schemas.NewReplay,
+        "POST /v1/endpoints/{endpoint_id}/replay", replays.create, "subscribe", Counted, NewReplay
     ),
-    spec(
-        "POST /v1/replays",
-        replays.create_by_filter,
-        "subscribe",
-        schemas.Counted,
-        delivery_schemas.NewDeliveryReplay,
-    ),
-    spec("GET /v1/replays/{replay_id}", replays.read, "subscribe", schemas.Replay),
+    spec("POST /v1/replays", replays.create_by_filter, "subscribe", Counted, NewDeliveryReplay),
+    spec("GET /v1/replays/{replay_id}", replays.read, "subscribe", Replay),
     spec("DELETE /v1/replays/{replay_id}", replays.cancel, "subscribe"),
     spec(
         "POST /v1/endpoints/{endpoint_id}/test",
         endpoints.test,
         "subscribe",
-        schemas.Attempt,
-        delivery_schemas.EndpointSample,
+        Attempt,
+        EndpointSample,
     ),
-    spec(
-        "GET /v1/endpoints/{endpoint_id}/health",
-        endpoints.health,
-        "subscribe",
-        delivery_schemas.EndpointHealth,
-    ),
+    spec("GET /v1/endpoints/{endpoint_id}/health", endpoints.health, "subscribe", EndpointHealth),
     spec(
         f"GET /v1/deliveries?endpoint&event&task&state&error&status&{PAGE}",
         deliveries.deliveries,
         "subscribe",
-        schemas.DeliveryList,
+        DeliveryList,
     ),
-    spec(
-        "GET /v1/deliveries/groups?owner&endpoint",
-        deliveries.groups,
-        "subscribe",
-        delivery_schemas.FailureGroups,
-    ),
-    spec("GET /v1/deliveries/{delivery_id}", deliveries.delivery, "subscribe", schemas.Delivery),
-    spec(
-        "GET /v1/deliveries/{delivery_id}/request",
-        deliveries.sent,
-        "subscribe",
-        delivery_schemas.DeliveryRequest,
-    ),
-    spec(
-        "POST /v1/deliveries/{delivery_id}/retry", deliveries.retry, "subscribe", schemas.Delivery
-    ),
-    spec("POST /v1/keys", keys.create, "admin", schemas.CreatedKey, NewKey, status=201),
+    spec("GET /v1/deliveries/groups?owner&endpoint", deliveries.groups, "subscribe", FailureGroups),
+    spec("GET /v1/deliveries/{delivery_id}", deliveries.delivery, "subscribe", Delivery),
+    spec("GET /v1/deliveries/{delivery_id}/request", deliveries.sent, "subscribe", DeliveryRequest),
+    spec("POST /v1/deliveries/{delivery_id}/retry", deliveries.retry, "subscribe", Delivery),
+    spec("POST /v1/keys", keys.create, "admin", CreatedKey, NewKey, status=201),
     spec(
         "POST /v1/keys/rotate-secret",
         keys.rotate_secret,
         "subscribe",
-        schemas.CallbackSecret,
-        schemas.SecretRotation,
+        CallbackSecret,
+        SecretRotation,
     ),
-    spec(f"GET /v1/keys?{PAGE}", keys.listed, "admin", schemas.KeyList),
+    spec(f"GET /v1/keys?{PAGE}", keys.listed, "admin", KeyList),
     spec("DELETE /v1/keys/{key_id}", keys.revoke, "admin"),
     spec("POST /v1/files?flatten&model", files.upload, "submit", File, Upload, 201),
     spec(f"GET /v1/files?{PAGE}", files.files, "submit read", FileList),
@@ -190,8 +184,8 @@ SPECS = (
     spec("GET /api/v1/files/quota", theirs.quota, "submit read", QuotaAnswer),
     spec("DELETE /api/v1/files/{file_id}", theirs.delete, "submit", ErasedAnswer, status=200),
     spec("GET /images/{image_id}", images.image, ""),
-    spec("GET /healthz", health.healthz, "", schemas.Health),
-    spec("GET /readyz", health.readyz, "", schemas.Readiness),
+    spec("GET /healthz", health.healthz, "", Health),
+    spec("GET /readyz", health.readyz, "", Readiness),
     spec("GET /metrics", health.metrics, "admin"),
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
