@@ -9,15 +9,13 @@ HELP_WIDTH = 80  # no page of help is wider
 
 
 def main() -> None:
-    """Runs the program. Its first page of help is a file, because to make that page the program
-    imports all of its commands.
-    """
+    """Runs the program. Its first page of help is a file: to make it takes all commands."""
     if sys.argv[1:] in (["--help"], ["-h"]) and columns() >= HELP_WIDTH:
         os.write(sys.stdout.fileno(), HELP.read_bytes())
         return
-    from service import cli
+    from service.cli import exit_codes
 
-    cli.main()
+    exit_codes.main()
 
 
 def columns() -> int:

@@ -253,7 +253,7 @@ def run(
     stdin: str,
 ) -> NoReturn:
     """Runs the program in the forked process. `stdout` and `stderr` may be named pipes."""
-    from service.cli import main
+    from service.cli.exit_codes import main
     from service.queue import checkpoints
 
     random.seed()

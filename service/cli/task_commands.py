@@ -1,4 +1,4 @@
-"""`darkroom submit`, `darkroom task` and `darkroom events`."""
+"""`darkroom submit` and `darkroom task`."""
 
 import os
 import sys
@@ -10,13 +10,10 @@ from typing import Annotated
 import typer
 
 from service.cli.api_client import ApiClient, CommandFailed, Interrupted, api_client, pairs, segment
-from service.cli.event_pages import event_pages
 from service.cli.list_rows import age_of, date, why_held
-from service.cli.money_commands import estimated, has_ended, say_cost
 from service.cli.output import (
     Json,
     Text,
-    Texts,
     flat,
     option,
     plain,
@@ -24,8 +21,9 @@ from service.cli.output import (
     put_fields,
     put_json,
     put_result,
+    remark,
 )
-from service.cli.place import place
+from service.cli.place import Place, place
 from service.cli.submit_options import (
     Fields,
     Images,
@@ -47,8 +45,6 @@ SUBMIT_WAIT_S = 60  # how long one call waits for the end of the task
 PROGRESS_WAIT_S = 1  # the same while a terminal shows progress
 SHOWN = ("id", "state", "upstream_id", "model", "prompt", "request", "metadata", "usage", "error")
 LEFT = "Its ids, times, state, costs and the sizes of its images are left."
-EVENTS_PAGE, EVENTS_WAIT_S = 1000, 30
-# A follower waits 1 + 2 + 4 + … + 64 = 127 s between eight failed calls: a restart of the service.
 
 
 def submit(
@@ -97,6 +93,37 @@ def submit(
     say_cost(task, estimate, place())
     put_result(task, as_json, *lines)
     check_outcome(task)
+
+
+def has_ended(task: JSON) -> bool:
+    return task["status"] not in ("pending", "processing")
+
+
+def estimated(client: ApiClient, order: JSON) -> str | None:
+    """The estimate of a submission in words, printed at once on a terminal, with the place. None:
+    no answer. The submission itself reports what is wrong with it.
+    """
+    remark(f"at {client.at}")
+    try:
+        cost = client.call("POST", "/v1/estimates", body=order)
+    except (CommandFailed, EgressError):
+        return None
+    known = "unknown" if cost["credits"] is None else f"{cost['credits']} {cost['unit']}"
+    remark(text := f"estimate: {known}")
+    return text
+
+
+def say_cost(task: JSON, estimate: str | None, at: Place) -> None:
+    """Prints what a task cost, or what is reserved for it, on standard error. Without a terminal
+    the place and the estimate too, and nothing for a task that failed: a failure is one line there.
+    """
+    used, reserved = task["usage"]["credits_used"], task["usage"]["credits_reserved"]
+    cost = f"reserved: {reserved} credits" if used is None else f"cost: {used} credits"
+    cost = "" if used is None and reserved is None else cost
+    if sys.stderr.isatty():
+        remark(cost)
+    elif not has_ended(task) or task["state"] == "completed":
+        sys.stderr.write("".join(f"{line}\n" for line in (f"at {at}", estimate, cost) if line))
 
 
 def check_outcome(task: JSON) -> None:
@@ -250,28 +277,3 @@ def task(
         time, name = plain(step.pop("time")), plain(step.pop("step"))
         details = " ".join(f"{key}={value}" for key, value in flat(step))
         put(f"{time}  {name:<24} {plain(details)}".rstrip())
-
-
-def events(
-    follow: Annotated[
-        bool, option("Print new events until interrupted.", "--follow", "-f")
-    ] = False,
-    after: Annotated[
-        str, option("Start after this sequence.", metavar="SEQ", show_default=False)
-    ] = "0",
-    type: Annotated[
-        Texts, option("image.task.*, a type, or *; may be repeated.", metavar="TYPE")
-    ] = None,
-    task: Annotated[Text, option("Of this task.", metavar="ID")] = None,
-    as_json: Json = False,  # noqa: ARG001 - every command has it
-) -> None:
-    """Print events in their order, as JSON lines with and without --json."""
-    query = {"type": ",".join(type or []) or None, "task": task, "limit": EVENTS_PAGE}
-    if follow:
-        query["wait"] = EVENTS_WAIT_S
-    client = api_client()
-    for found in event_pages(client, query, after, lambda last: follow and last != after):
-        for event in found:
-            put_json(event)
-        if not follow and len(found) < EVENTS_PAGE:
-            return

@@ -9,6 +9,7 @@ import typer
 from service.cli import direct_keys
 from service.cli.api_client import pairs
 from service.cli.endpoint_fields import some_change, with_owner
+from service.cli.event_commands import Types
 from service.cli.list_rows import delivery_row, endpoint_row, task_row, with_missed
 from service.cli.output import Text, Texts, option
 from service.cli.verb import Verb, named
@@ -19,9 +20,6 @@ SCOPES = ("submit", "read", "subscribe", "admin")
 Id = Annotated[str, typer.Argument(metavar="ID")]
 Limit = Annotated[int, option("Maximum length of the list.", min=1, max=1000)]
 Cursor = Annotated[Text, option("Continues a list that was longer.")]
-Types = Annotated[
-    Texts, option("image.task.*, a type, or *; may be repeated.", "--type", metavar="TYPE")
-]
 Metadata = Annotated[Texts, option("May be repeated.", metavar="KEY=VALUE")]
 Time = Annotated[Text, option("A time like 2026-02-01T09:00:00Z.", metavar="TIME")]
 Overlap = Annotated[

@@ -18,7 +18,7 @@ from typer.main import get_command
 
 from service.__main__ import HELP, HELP_WIDTH
 from service.cli import program
-from service.cli.catalogue_commands import model_row
+from service.cli.money_commands import model_row
 from service.doctor.examination import CHECKS
 from service.ops.metrics import Metrics
 from service.setting_types import log_value

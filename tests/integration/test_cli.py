@@ -23,6 +23,7 @@ import pytest
 import typer
 
 from service import VERSION, cli
+from service.cli.exit_codes import main
 from service.cli.sandbox_commands import announce
 from service.settings import load_settings
 from tests.docs.pages import commands
@@ -103,7 +104,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", ["darkroom", *arguments])
             with pytest.raises(SystemExit) as end:
-                cli.main()
+                main()
         said = capsys.readouterr()
         return Done(int(end.value.code or 0), said.out, said.err)
 

@@ -24,9 +24,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from typer.testing import CliRunner
 
-from service.cli import event_pages, program
+from service.cli import event_commands, program
 from service.cli.api_client import CommandFailed
-from service.cli.listen_command import listen
+from service.cli.event_commands import listen
 from service.db.tables import deliveries
 from service.db.transaction import Emitted, Transaction
 from service.events import delivery_order, replays
@@ -500,8 +500,9 @@ async def test_listen_goes_on_after_its_place_while_the_service_comes_and_goes(
         asked.append(request.query_params.get("after"))
         return next(script)
 
-    monkeypatch.setattr(event_pages, "remark", remarks.append)
-    monkeypatch.setattr(event_pages, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(event_commands, "remark", remarks.append)
+    clock = SimpleNamespace(sleep=slept.append, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr(event_commands, "time", clock)
     app = Starlette(routes=[Route("/v1/events", events)])
     async with answering(app) as service, subscriber() as receiver:
         monkeypatch.setenv("DARKROOM_URL", service)

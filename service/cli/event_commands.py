@@ -1,27 +1,80 @@
-"""`darkroom listen`: forwards events to a program on this machine, signed as webhooks."""
+"""`darkroom events`, and `darkroom listen`: forwards events to a program, signed as webhooks. Both
+follow the events while the service comes and goes.
+"""
 
 import os
 import time
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
-from service.cli.api_client import api_client
-from service.cli.event_pages import event_pages
-from service.cli.output import Json, Text, Texts, option, put, put_json
+from service.cli.api_client import ApiClient, ServiceBusy, ServiceUnreachable, api_client
+from service.cli.output import Json, Text, Texts, option, put, put_json, remark
 from service.errors import EgressError
 from service.strict_json import JSON, compact_json
 
-PAGE, WAIT_S = 100, 30
+MAX_FAILURES = 8
+EVENTS_PAGE, LISTEN_PAGE, WAIT_S = 1000, 100, 30
 NO_TASK = "task_none"  # an empty page: the service examined all events, and names the last
+Types = Annotated[
+    Texts, option("image.task.*, a type, or *; may be repeated.", "--type", metavar="TYPE")
+]
+
+
+def event_pages(
+    client: ApiClient,
+    query: Mapping[str, Any],
+    last: str,
+    asks_again: Callable[[str], bool] = lambda _: True,
+) -> Iterator[list[JSON]]:
+    """Pages of events after the sequence `last`, without end. After a failure the command asks
+    again if `asks_again` agrees, up to 8 times in a row: 1 + 2 + … + 64 = 127 s, a restart.
+    """
+    failures = 0
+    while True:
+        try:
+            page = client.call("GET", "/v1/events", params={**query, "after": last})
+            failures = 0
+        except (ServiceUnreachable, ServiceBusy, EgressError):
+            failures += 1
+            if not asks_again(last) or failures == MAX_FAILURES:
+                raise
+            time.sleep(2 ** (failures - 1))
+            continue
+        if page["resync"]:
+            remark(f"events after {last} are no longer all kept")
+        last = page["next_after"]
+        yield page["data"]
+
+
+def events(
+    follow: Annotated[
+        bool, option("Print new events until interrupted.", "--follow", "-f")
+    ] = False,
+    after: Annotated[
+        str, option("Start after this sequence.", metavar="SEQ", show_default=False)
+    ] = "0",
+    types: Types = None,
+    task: Annotated[Text, option("Of this task.", metavar="ID")] = None,
+    as_json: Json = False,  # noqa: ARG001 - every command has it
+) -> None:
+    """Print events in their order, as JSON lines with and without --json."""
+    query = {"type": ",".join(types or []) or None, "task": task, "limit": EVENTS_PAGE}
+    if follow:
+        query["wait"] = WAIT_S
+    client = api_client()
+    for found in event_pages(client, query, after, lambda last: follow and last != after):
+        for event in found:
+            put_json(event)
+        if not follow and len(found) < EVENTS_PAGE:
+            return
 
 
 def listen(
     url: Annotated[str, typer.Argument(help="Like http://127.0.0.1:3000/hooks.", metavar="URL")],
-    type: Annotated[
-        Texts, option("image.task.*, a type, or *; may be repeated.", metavar="TYPE")
-    ] = None,
+    types: Types = None,
     after: Annotated[Text, option("Also the events after this sequence.", metavar="SEQ")] = None,
     secret: Annotated[
         Text, option("Signs the requests. By default a new one, which is shown.", metavar="whsec_…")
@@ -35,7 +88,7 @@ def listen(
 
     receiver(url)
     secret = checked(secret) if secret else new_secret(os.urandom(32))
-    client, query = api_client(), {"type": ",".join(type or []) or None, "limit": PAGE}
+    client, query = api_client(), {"type": ",".join(types or []) or None, "limit": LISTEN_PAGE}
     last = after
     if last is None:
         last = client.call("GET", "/v1/events", params={"task": NO_TASK})["next_after"]
