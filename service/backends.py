@@ -5,7 +5,6 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -51,11 +50,9 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[BatchingStore]
     """The store, migrated. ConfigurationError: it cannot be used."""
     keep_private()
     process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
-    migrate = settings.migrate == "on"
-    path = settings.sqlite_path
+    path, migrate = settings.sqlite_path, settings.migrate == "on"
     if path:
-        opened = partial(open_sqlite, path)
-        return opened(process=process, new_id=new_id, flush=flush, migrate=migrate)
+        return open_sqlite(path, process=process, new_id=new_id, flush=flush, migrate=migrate)
     from service.db.postgres import open_postgres
 
     return open_postgres(

@@ -18,6 +18,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 SIMPLE_URL = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?/?")
 SIMPLE_KEY = re.compile(r"[!-~]+")
 LOCAL = "--local"
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 EVERYWHERE = ("0.0.0.0", "::", "localhost")  # noqa: S104 - compared, not listened on
 Url = Annotated[
     str | None, option("The service, in place of DARKROOM_URL.", "--url", metavar="URL")
@@ -54,20 +55,27 @@ def selectable(command: Callable[..., None]) -> Callable[..., None]:
     taken = "url" in own and any(
         isinstance(each, OptionInfo) for each in get_args(own["url"].annotation)
     )
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    more = [inspect.Parameter("at_local", keyword, annotation=Local, default=False)]
+    more = [inspect.Parameter("at_local", KEYWORD, annotation=Local, default=False)]
     if not taken:
-        more.insert(0, inspect.Parameter("at_url", keyword, annotation=Url, default=None))
+        more.insert(0, inspect.Parameter("at_url", KEYWORD, annotation=Url, default=None))
 
     def run(**given: Any) -> None:
         choose(given.pop("at_url", None), given.pop("at_local"))
         command(**given)
 
-    parameters = [*(each.replace(kind=keyword) for each in own.values()), *more]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
+    run.__name__ = command.__name__
+    parameters = [*(each.replace(kind=KEYWORD) for each in own.values()), *more]
+    return signed(run, parameters, command.__doc__)
+
+
+def signed(
+    command: Callable[..., None], parameters: list[inspect.Parameter], help: str | None
+) -> Callable[..., None]:
+    """The command with the parameters and the help that typer shows."""
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__doc__ = help
+    return command
 
 
 @dataclass(frozen=True, slots=True)

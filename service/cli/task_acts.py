@@ -6,7 +6,7 @@ import typer
 
 from service.cli.output import Text, option
 from service.cli.verb import Verb, named
-from service.cli.verbs import PAGE, Id, Limit, Time, text
+from service.cli.verbs import PAGE, Limit, Time, text
 from service.strict_json import JSON
 
 
@@ -35,23 +35,20 @@ def counted(document: JSON) -> JSON:
 
 
 ACTS = {
-    "cancel": Verb("Ask the upstream to cancel a task.", "POST /v1/tasks/{id}/cancel", {"id": Id}),
+    "cancel": Verb("Ask the upstream to cancel a task.", "POST /v1/tasks/{id}/cancel"),
     "erase": Verb(
         "Erase the prompt and the images of a task that has ended.",
         "DELETE /v1/tasks/{id}",
-        {"id": Id},
         done="erased: its ids, times, state, costs and the sizes of its images are left",
     ),
     "reconcile": Verb(
         "Query the upstream about a task and fetch its missing images now.",
         "POST /v1/tasks/{id}/reconcile",
-        {"id": Id},
     ),
     "resolve": Verb(
         "Settle an uncertain submission by hand.",
         "POST /v1/tasks/{id}/resolve",
         {
-            "id": Id,
             "upstream_id": text("The upstream has the task under this id.", "ID"),
             "decision": Annotated[
                 Text, option("It has not: failed, or resubmit.", "--as", metavar="DECISION")

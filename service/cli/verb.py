@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
+
+import typer
 
 from service.cli import direct_keys
 from service.cli.api_client import ApiClient, CommandFailed, api_client, segment
 from service.cli.output import Json, put_fields, put_table, remark, show
-from service.cli.place import say_place
+from service.cli.place import KEYWORD, say_place, signed
 from service.strict_json import JSON
 
 DEFAULTS = {"limit": 100, "only": "undelivered", "dry_run": False, "yes": False}
@@ -25,12 +27,11 @@ def named(given: JSON) -> JSON:
 class Verb:
     """One command.
 
-    Parameters that the path names fill it. `fields` arranges the others as the query of a GET, or
-    as the JSON body of any other method. A response with a list shows the `columns` of each `row`.
-    The list is in `data`, or in `listed` beside fields of its own. `people` arranges the fields of
-    any other response for people. An empty response shows the id and `done`. A response with an
-    error fails the command with the words of `failed`. `directly` does the same in the store itself
-    when no process serves it.
+    Names in the path are arguments, and fill it. `fields` arranges the others as the query of a
+    GET, or as the JSON body of any other method. A response with a list in `listed` shows the
+    `columns` of each `row`, and fields beside it. `people` arranges any other response for people.
+    An empty response shows the id and `done`. A response with an error fails the command with the
+    words of `failed`. `directly` does the same in the store itself when no process serves it.
     """
 
     help: str
@@ -51,19 +52,20 @@ class Verb:
         def run(as_json: bool, **given: Any) -> None:
             self.run(given, as_json)
 
-        keyword = inspect.Parameter.KEYWORD_ONLY
+        ids = {name: Annotated[str, typer.Argument(metavar=name.upper())] for name in self.ids}
         parameters = [
-            inspect.Parameter(name, keyword, annotation=kind, default=default(name, kind))
-            for name, kind in self.takes.items()
+            inspect.Parameter(name, KEYWORD, annotation=kind, default=default(name, kind))
+            for name, kind in {**ids, **self.takes}.items()
         ]
-        parameters.append(inspect.Parameter("as_json", keyword, annotation=Json, default=False))
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__doc__ = self.help
-        return run
+        parameters.append(inspect.Parameter("as_json", KEYWORD, annotation=Json, default=False))
+        return signed(run, parameters, self.help)
+
+    @property
+    def ids(self) -> list[str]:
+        return re.findall(r"{(\w+)}", self.request)
 
     def run(self, given: JSON, as_json: bool) -> None:
-        ids = {name: given.pop(name) for name in re.findall(r"{(\w+)}", self.request)}
+        ids = {name: given.pop(name) for name in self.ids}
         fields = self.fields(given)
         send = partial(self.send, ids=ids, fields=fields if given or fields else None)
         if self.directly is not None:

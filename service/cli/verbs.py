@@ -17,7 +17,6 @@ from service.strict_json import JSON
 
 SCOPES = ("submit", "read", "subscribe", "admin")
 
-Id = Annotated[str, typer.Argument(metavar="ID")]
 Limit = Annotated[int, option("Maximum length of the list.", min=1, max=1000)]
 Cursor = Annotated[Text, option("Continues a list that was longer.")]
 Metadata = Annotated[Texts, option("May be repeated.", metavar="KEY=VALUE")]
@@ -114,12 +113,11 @@ ENDPOINTS = {
         },
         fields=with_owner,
     ),
-    "get": Verb("Show an endpoint.", "GET /v1/endpoints/{id}", {"id": Id}),
+    "get": Verb("Show an endpoint.", "GET /v1/endpoints/{id}"),
     "patch": Verb(
         "Change the named fields of an endpoint. An empty text clears an option.",
         "PATCH /v1/endpoints/{id}",
         {
-            "id": Id,
             "url": text("Where events are sent."),
             "types": Types,
             "description": DESCRIPTION,
@@ -129,16 +127,15 @@ ENDPOINTS = {
         fields=some_change,
         people=with_missed,
     ),
-    "delete": Verb("Delete an endpoint.", "DELETE /v1/endpoints/{id}", {"id": Id}, done="deleted"),
+    "delete": Verb("Delete an endpoint.", "DELETE /v1/endpoints/{id}", done="deleted"),
     "rotate": Verb(
         "Give an endpoint a new secret. It is shown only here.",
         "POST /v1/endpoints/{id}/rotate",
-        {"id": Id, "overlap_s": Overlap},
+        {"overlap_s": Overlap},
     ),
     "test": Verb(
         "Send a test event to an endpoint now, and show the attempt.",
         "POST /v1/endpoints/{id}/test",
-        {"id": Id},
         failed="the endpoint did not take it",
     ),
 }
@@ -164,15 +161,13 @@ DELIVERIES = {
     "get": Verb(
         "Show a delivery with every attempt.",
         "GET /v1/deliveries/{id}",
-        {"id": Id},
-        ATTEMPTS,
+        columns=ATTEMPTS,
         listed="attempts",
     ),
     "retry": Verb(
         "Make one attempt now, also of a delivered or dead delivery.",
         "POST /v1/deliveries/{id}/retry",
-        {"id": Id},
-        ATTEMPTS,
+        columns=ATTEMPTS,
         listed="attempts",
     ),
 }
@@ -182,7 +177,6 @@ REPLAYS = {
         "Send past events to an endpoint again. Without times, all that are kept.",
         "POST /v1/endpoints/{endpoint}/replay",
         {
-            "endpoint": Annotated[str, typer.Argument(metavar="ENDPOINT")],
             "since": Time,
             "until": Time,
             "types": Types,
@@ -190,11 +184,10 @@ REPLAYS = {
             "dry_run": Flag,
         },
     ),
-    "get": Verb("Show the progress of a replay.", "GET /v1/replays/{id}", {"id": Id}),
+    "get": Verb("Show the progress of a replay.", "GET /v1/replays/{id}"),
     "cancel": Verb(
         "Cancel a replay. What it has not delivered yet is not sent.",
         "DELETE /v1/replays/{id}",
-        {"id": Id},
         done="cancelled",
     ),
 }
@@ -222,7 +215,6 @@ KEYS = {
     "revoke": Verb(
         "Revoke a key, within 5 seconds in every process.",
         "DELETE /v1/keys/{id}",
-        {"id": Id},
         done="revoked",
         directly=direct_keys.revoke,
     ),
@@ -234,7 +226,6 @@ KEYS = {
     ),
 }
 
-OWNER = Annotated[str, typer.Argument(metavar="OWNER")]
 BUDGETS = {
     "list": Verb(
         "List budgets with what is spent, reserved and left.",
@@ -246,17 +237,15 @@ BUDGETS = {
         "Set an owner's budget.",
         "PUT /v1/budgets/{owner}",
         {
-            "owner": OWNER,
             "budget": Annotated[
                 str, typer.Argument(help="Like 50/day or 5000/total.", metavar="N/PERIOD")
-            ],
+            ]
         },
         fields=lambda given: limit_of(given["budget"]),
     ),
     "clear": Verb(
         "Clear an owner's budget.",
         "PUT /v1/budgets/{owner}",
-        {"owner": OWNER},
         fields=lambda _: {"period": "total", "credits": None},
         done="cleared",
     ),
@@ -269,8 +258,8 @@ FILES = {
         PAGE,
         ("id", "media_type", "width", "height", "bytes", "expires_at", "filename"),
     ),
-    "get": Verb("Show an input image.", "GET /v1/files/{id}", {"id": Id}),
-    "delete": Verb("Erase an input image.", "DELETE /v1/files/{id}", {"id": Id}, done="deleted"),
+    "get": Verb("Show an input image.", "GET /v1/files/{id}"),
+    "delete": Verb("Erase an input image.", "DELETE /v1/files/{id}", done="deleted"),
 }
 
 GROUPS: Mapping[str, tuple[str, Mapping[str, Verb]]] = {

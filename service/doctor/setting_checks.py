@@ -67,7 +67,7 @@ async def check_secrets(patient: Patient) -> dict[str, Finding]:
     return {"secrets": ok("the secrets are long enough and have no quotes")}
 
 
-async def check_files(_: Patient) -> dict[str, Finding]:
+async def check_open_files(_: Patient) -> dict[str, Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES:
         return {"open_files": ok(f"the process may open {soft} files")}

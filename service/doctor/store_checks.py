@@ -41,7 +41,7 @@ async def check_store(patient: Patient) -> dict[str, Finding]:
     return {"store": ok(f"the store commits, and its schema is {head}")}
 
 
-async def check_disk(patient: Patient) -> dict[str, Finding]:
+async def check_store_disk(patient: Patient) -> dict[str, Finding]:
     """The embedded store needs a local file system."""
     path = patient.settings.sqlite_path
     if path is None:

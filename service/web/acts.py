@@ -25,21 +25,10 @@ async def perform(
     reason: str | None = None,
     detail: JSON | None = None,
 ) -> Any:
-    """Writes an act of the caller and its entry in one transaction. Returns the operation's result.
-    `judge` tells its outcome.
-    """
+    """The operation's result. The act and its entry are one transaction. `judge`: its outcome."""
     resources, caller = resources_of(request), caller_of(request)
-    request_id = request.scope.get("request_id")
-    entry = ActEntry(
-        resources.id("act"),
-        caller.owner,
-        caller.key,
-        action,
-        target,
-        reason,
-        request_id,
-        detail=detail,
-    )
+    who = resources.id("act"), caller.owner, caller.key
+    entry = ActEntry(*who, action, target, reason, request.scope.get("request_id"), detail=detail)
     return await acted(resources.store, entry, operation, item, judge)
 
 

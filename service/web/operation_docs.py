@@ -8,7 +8,6 @@ from service.web.field_schemas import OptionalBody
 from service.web.file_schemas import FormBody
 from service.web.routes.operation import Spec
 
-ERROR = "#/components/schemas/Error"
 REASONS: Mapping[str, str] = {
     "400": "The request is malformed or breaks a limit. `param` names the field.",
     "401": "The key is missing, unknown or revoked.",
@@ -74,7 +73,6 @@ PASSED_ON: JSON = {
 PASSING = ("GET /v1/tasks/{task_id}", "GET /v1/images/generations/{task_id}")
 # Operations with refusals in the form of the upstream's file API, beside ours.
 THEIRS = "/api/v1/files/"
-FAILURE = "#/components/schemas/FileFailure"
 NOT_MODIFIED = ("/images/{image_id}", "/openapi.json", "/asyncapi.json")
 TEXT_HEADER = {"schema": {"type": "string"}}
 REQUEST_ID = {"X-Request-Id": {**TEXT_HEADER, "required": True}}
@@ -133,72 +131,52 @@ def statuses(spec: Spec) -> list[str]:
 
 def refusal(spec: Spec, status: str) -> JSON:
     """A reference to the usual form, or a form of the operation's own."""
-    usual = {"$ref": f"#/components/responses/{status}"}
-    schema: JSON = {"$ref": ERROR}
-    headers = {**REQUEST_ID, **HEADERS.get(status, {})}
     if spec.path.startswith(THEIRS) and status in ("400", "404", "413", "415", "429"):
-        schema = {"anyOf": [schema, {"$ref": FAILURE}]}
-        headers.pop("Retry-After", None)  # theirs has none
-    elif spec.path == "/readyz" and status == "503":
-        schema = reference("Readiness")
-    else:
-        return usual
+        schema: JSON = {"anyOf": [reference("Error"), reference("FileFailure")]}
+        return refused(status, schema, {} if status == "429" else HEADERS.get(status, {}))
+    if spec.path == "/readyz" and status == "503":
+        return refused(status, reference("Readiness"), RETRY)
+    return {"$ref": f"#/components/responses/{status}"}
+
+
+def refused(status: str, schema: JSON, headers: JSON) -> JSON:
     content = {"application/json": {"schema": schema}}
-    return {"description": REASONS[status], "headers": headers, "content": content}
+    return {"description": REASONS[status], "headers": REQUEST_ID | headers, "content": content}
 
 
 def usual_refusals() -> JSON:
-    content = {"application/json": {"schema": {"$ref": ERROR}}}
     return {
-        status: {
-            "description": reason,
-            "headers": {**REQUEST_ID, **HEADERS.get(status, {})},
-            "content": content,
-        }
-        for status, reason in REASONS.items()
+        status: refused(status, reference("Error"), HEADERS.get(status, {})) for status in REASONS
     }
 
 
-# Which parameter of other operations an id in an answer fills.
-KINDS: Mapping[str, str] = {
-    "Task": "task_id",
-    "CancelledTask": "task_id",
-    "Endpoint": "endpoint_id",
-    "EndpointWithSecret": "endpoint_id",
-    "Delivery": "delivery_id",
-    "Counted": "replay_id",
-    "Replay": "replay_id",
-    "File": "file_id",
-    "CreatedKey": "key_id",
-    "Key": "key_id",
+# What an item of an answer fills: parameters of other operations, each with the place of its value.
+FILLS: Mapping[str, Mapping[str, str]] = {
+    "Task": {"task_id": "id", "image_id": "images/0/id"},
+    "CancelledTask": {"task_id": "id", "image_id": "images/0/id"},
+    "Endpoint": {"endpoint_id": "id"},
+    "EndpointWithSecret": {"endpoint_id": "id"},
+    "Delivery": {"delivery_id": "id", "event": "event"},
+    "Counted": {"replay_id": "id"},
+    "Replay": {"replay_id": "id"},
+    "File": {"file_id": "id"},
+    "CreatedKey": {"key_id": "id"},
+    "Key": {"key_id": "id"},
+    "OwnersBudget": {"owner": "owner"},
+    "CatalogueModel": {"model": "model"},
+    "EventPage": {"event": "data/0/id", "after": "next_after"},
 }
 QUERIES: Mapping[str, str] = {"task": "task_id", "endpoint": "endpoint_id"}
 
 
 def sources(spec: Spec) -> dict[str, str]:
     """Parameters that the answer fills, each with the expression of its value."""
-    if spec.answer is None:
-        return {}
-    name = spec.answer.__name__
-    kind, place = name.removesuffix("List"), "#/data/0" if name.endswith("List") else "#"
-    made = {}
-    if kind in KINDS:
-        made[KINDS[kind]] = f"$response.body{place}/id"
-    if kind in ("Task", "CancelledTask"):
-        made["image_id"] = f"$response.body{place}/images/0/id"
-    if kind == "OwnersBudget":
-        made["owner"] = f"$response.body{place}/owner"
-    if kind == "CatalogueModel":
-        made["model"] = f"$response.body{place}/model"
-    if kind == "EventPage":
-        made = {"event": "$response.body#/data/0/id", "after": "$response.body#/next_after"}
-    if kind == "Delivery":
-        made["event"] = f"$response.body{place}/event"
-    if name.endswith("List"):
-        made["cursor"] = "$response.body#/next_cursor"
-    if name == "EntryList":
-        made = {"after": "$response.body#/next_cursor"}
-    return made
+    name = spec.answer.__name__ if spec.answer else ""
+    kind, place = name.removesuffix("List"), "data/0/" if name.endswith("List") else ""
+    filled = {each: f"{place}{value}" for each, value in FILLS.get(kind, {}).items()}
+    if place:
+        filled["after" if name == "EntryList" else "cursor"] = "next_cursor"
+    return {each: f"$response.body#/{value}" for each, value in filled.items()}
 
 
 def links(spec: Spec, specs: tuple[Spec, ...], operation_id: Any) -> JSON:

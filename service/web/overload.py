@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 
@@ -158,35 +158,23 @@ WAITING_OF_KEY = 1000  # submissions
 SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
 
 
-@dataclass(slots=True)
 class LoadShedder:
-    """Sheds clients' requests with 503 while too many are in hand, or during a burst of
-    callbacks. Gives each owner its share of what lasts.
+    """Sheds clients' requests with 503 while too many are in hand, or during a burst of callbacks,
+    and gives each owner its share of what lasts.
     """
 
-    gate: PriorityGate
-    metrics: Metrics
-    key_waits: int = 100
-    bodies: BodyShares = field(default_factory=BodyShares)
-    requests: Shares = field(init=False)
-    lookups: Shares = field(init=False)
-    polls: Shares = field(init=False)
-    streams: Shares = field(init=False)
-    submissions: Shares = field(init=False)
-    pages: Shares = field(init=False)
-    manual: Shares = field(init=False)
-    log_sampler: LogSampler = field(default_factory=LogSampler)
-    _refused: int = 0  # callbacks since the last line
-    _logging: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, gate: PriorityGate, metrics: Metrics, key_waits: int = 100) -> None:
+        self.gate, self.metrics = gate, metrics
+        self.bodies, self.log_sampler = BodyShares(), LogSampler()
         self.requests = Shares("requests at work", MAX_ACTIVE)
         self.lookups = Shares("requests whose key is looked up", LOOKED_UP)
-        self.polls = Shares("requests that wait for an event", POLLS, self.key_waits)
-        self.streams = Shares("streams", STREAMS, self.key_waits)
+        self.polls = Shares("requests that wait for an event", POLLS, key_waits)
+        self.streams = Shares("streams", STREAMS, key_waits)
         self.submissions = Shares("submissions that wait", SUBMISSIONS, WAITING_OF_KEY)
         self.pages = Shares("long answers on their way", LONG_PAGES)
         self.manual = Shares("attempts by hand under way", MANUAL)
+        self._refused = 0  # callbacks since the last line
+        self._logging = False
 
     @property
     def active(self) -> int:

@@ -19,7 +19,6 @@ from typer.main import get_command
 from service.__main__ import HELP, HELP_WIDTH
 from service.cli import program
 from service.cli.money_commands import model_row
-from service.doctor.examination import CHECKS
 from service.ops.metrics import Metrics
 from service.setting_types import log_value
 from service.settings import Settings
@@ -168,12 +167,6 @@ def catalogue_table() -> str:
     return markdown(("model", "edits", "`n`", "input images", "sizes", "price"), rows)
 
 
-def doctor_table() -> str:
-    """Every check of the doctor with the faults that it finds."""
-    found = (each for results in CHECKS.values() for each in results.items())
-    return markdown(("check", "finds"), [(f"`{name}`", faults) for name, faults in found])
-
-
 def decisions_table() -> str:
     """Every decision, by its number and title."""
     rows = []
@@ -200,7 +193,6 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "catalogue": ("catalogue.md", catalogue_table),
         "faults": ("sandbox.md", faults_table),
         "checkpoints": ("reliability.md", checkpoints_table),
-        "doctor": ("doctor.md", doctor_table),
         "decisions": ("decisions.md", decisions_table),
         "clients": ("clients.md", clients_table),
         "bounds": ("overload.md", bounds_table),
