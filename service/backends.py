@@ -273,9 +273,7 @@ def open_file_api(
 def open_upstreams(
     settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
 ) -> dict[str, Upstream]:
-    """The upstreams by name. Their calls are logged and counted. `catalogue.upstream_for` says
-    which models each serves.
-    """
+    """The upstreams by name. `catalogue.upstream_for` says which models each serves."""
     key = settings.evolink_api_key
     evolink = EvoLink(
         egress,

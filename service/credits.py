@@ -6,9 +6,7 @@ MAX_CREDITS = 10**12  # in millionths still a 64-bit integer
 
 
 def millionths(value: object) -> int | None:
-    """The upstream's decimal credits as an integer, or None if it is absent, negative, NaN or
-    too large.
-    """
+    """The upstream's decimal credits. None: they are absent, negative, NaN or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:

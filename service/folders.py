@@ -30,9 +30,7 @@ def keep_private() -> None:
 
 
 def make_private(*paths: Path) -> None:
-    """Takes existing files and folders from other users. Leaves a folder that all users share, and
-    what another user owns.
-    """
+    """Takes files and folders from other users, except what they own or all users share."""
     for path in paths:
         with suppress(FileNotFoundError, PermissionError):
             mode = path.stat().st_mode

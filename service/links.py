@@ -33,18 +33,14 @@ def is_data(url: str) -> bool:
 
 
 def stored_form(url: str) -> str:
-    """The stored form of a result's link. For a `data:` URL it is the hash: the image itself
-    comes from the upstream again when the download runs.
-    """
+    """Of a result's link. A `data:` URL becomes a hash: the download asks the upstream again."""
     if not is_data(url) or STORED.fullmatch(url):
         return url
     return f"data:sha256/{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()}"
 
 
 def data_of(url: str) -> bytes:
-    """The content of a `data:` URL (RFC 2397), with the leniency of the WHATWG standards. Raises
-    ValueError.
-    """
+    """The content of a `data:` URL (RFC 2397), as lenient as WHATWG. Raises ValueError."""
     head, comma, text = url.partition(",")
     if not comma:
         raise ValueError("the data: URL has no comma")
@@ -60,9 +56,7 @@ def data_of(url: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """`image_base_url` serves the blob store under the same names. Without it, the service serves
-    images.
-    """
+    """`image_base_url` serves the blob store under the same names. None: the service does."""
 
     base_url: str
     image_base_url: str | None = None

@@ -68,9 +68,7 @@ class Keyring:
         return [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
 
     def callback_token(self, upstream: str, task_id: str) -> str:
-        """The last part of a callback URL, 32 lower-case base32 characters. It proves that the
-        caller was given the URL for this task.
-        """
+        """The last part of a callback URL. It proves that the caller was given the task's URL."""
         return _token(self._token_keys[0], upstream, task_id).decode("ascii")
 
     def hashed_token(self, upstream: str, task_id: str) -> str:
@@ -120,9 +118,7 @@ class Keyring:
             return None
 
     def renewed(self, data: bytes) -> bytes | None:
-        """The same secret under the first key. None: it is encrypted with the first key already.
-        ConfigurationError: none of the keys encrypted it.
-        """
+        """The secret under the first key. None: it is so already. Raises ConfigurationError."""
         try:
             self._first.decrypt(data)
         except InvalidToken:
@@ -186,9 +182,7 @@ def hash_api_key(key: str) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """The same bytes for equal JSON: sorted keys, no spaces, ASCII, 1.0 as 1. ValueError: NaN or an
-    infinity. TypeError: not JSON.
-    """
+    """The same bytes for equal JSON, 1.0 as 1. ValueError: NaN, infinity. TypeError: not JSON."""
     value = _with_whole_numbers(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 

@@ -20,9 +20,7 @@ LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
 
 
 async def off_loop(large: bool, work: Callable[[], Made]) -> Made:
-    """Does the work on a document. Callbacks do not wait for the whole of it if it is `large`,
-    because then a thread does it.
-    """
+    """Does the work on a document, in a thread if it is `large`: callbacks do not wait for it."""
     if not large:
         return work()
     import asyncio  # client commands have no loop

@@ -78,9 +78,7 @@ class ApiClient:
         return self._document(self._send(method, path, params=query, body=body, headers=headers))
 
     def upload(self, path: str, file: Path, *, params: Mapping[str, str] | None = None) -> JSON:
-        """The response to the file in a form. CommandFailed names the file, and the option of the
-        command in place of the parameter of the API.
-        """
+        """The response to a file in a form. CommandFailed names the file and the option."""
         with file.open("rb") as content:
             response = self._send("POST", path, params=params, file=content)
         try:

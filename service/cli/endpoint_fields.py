@@ -13,9 +13,7 @@ def with_owner(given: JSON) -> JSON:
 
 
 def options(given: JSON) -> JSON:
-    """The options of an endpoint as the API has them. An empty text clears its option, and
-    --ordered-by means --ordered too.
-    """
+    """The options as the API has them. An empty text clears one. --ordered-by means --ordered."""
     given = named(given)
     if given.get("ordered_by"):
         given.setdefault("ordered", True)

@@ -64,9 +64,7 @@ def date(seconds: int) -> str:
 
 
 def why_held(steps: Sequence[JSON]) -> str | None:
-    """What the timeline of a task that waits says: the last step of an image that is not saved, or
-    the last step of the task.
-    """
+    """The last step of an image that is not saved, or else the last step of the task."""
     for step in {step.get("image_id"): step for step in steps}.values():
         if step["step"] == "image.retry":
             return f"image {step['index']} is not saved yet: {step['reason']}"

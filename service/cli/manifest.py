@@ -17,9 +17,7 @@ class Sum(BaseModel):
 
 
 class Images(BaseModel):
-    """`lost` are named by the store and were not in its folder. `kept_at` is the bucket of images
-    that are not in the backup.
-    """
+    """`lost` were not in the store's folder. `kept_at`: the bucket of images left out."""
 
     count: NonNegativeInt = 0
     bytes: NonNegativeInt = 0
@@ -28,9 +26,7 @@ class Images(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`served`: a process served the store while the backup was made. The checksums of images are
-    in the database.
-    """
+    """`served`: a process served the store meanwhile. The database has the checksums of images."""
 
     format: int
     darkroom: str

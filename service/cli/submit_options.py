@@ -78,9 +78,7 @@ def put_all(body: JSON, texts: list[str] | None, option: str) -> JSON:
 
 
 def inputs(images: list[str] | None, model: str) -> list[str] | None:
-    """The entries of `image_urls`. A path is uploaded first, within the limits of the model. The
-    same name of two is one upload.
-    """
+    """The entries of `image_urls`. Each path is uploaded first, within the limits of the model."""
     paths = [path_of(text) for text in images or []]
     if not any(paths):
         return images

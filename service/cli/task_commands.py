@@ -138,9 +138,7 @@ def check_outcome(task: JSON) -> None:
 def submitted(
     order: JSON, key: str, wait: bool, out: Path | None
 ) -> tuple[JSON, list[str] | None, str | None]:
-    """The task, terminal if asked for, the files of its images if they have a folder, and the
-    estimate.
-    """
+    """The task, the files of its images if they have a folder, and the estimate."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     task: JSON = {}
@@ -202,9 +200,7 @@ def held(client: ApiClient, task: JSON) -> str | None:
 
 @contextmanager
 def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
-    """A line of progress on standard error, with the reason why a task is held. Without a terminal
-    only that reason, once.
-    """
+    """Shows progress, and why a task is held. Without a terminal only the latter, once."""
     if not sys.stderr.isatty():
         said: set[str] = set()
 

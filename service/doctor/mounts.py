@@ -9,9 +9,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def file_system(folder: Path) -> str:
-    """The type of the file system that holds a folder. It reads the table of mounts alone, because
-    a network file system may not answer.
-    """
+    """The type of a folder's file system, by the table of mounts: the folder may not answer."""
     best, kind = 0, "unknown"
     for line in MOUNTS.read_text().splitlines():
         before, _, after = line.partition(" - ")

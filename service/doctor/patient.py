@@ -131,9 +131,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 @asynccontextmanager
 async def local(settings: Settings) -> AsyncIterator[Patient]:
-    """A service that is not at work, or whose process cannot be asked. Changes nothing: a missing
-    store or key is not made, and an old schema not migrated.
-    """
+    """A service whose process cannot be asked. Nothing is made that is missing, or migrated."""
     async with AsyncExitStack() as stack:
         egress = await stack.enter_async_context(probing(settings))
         store = await opened_store(settings, stack)

@@ -19,9 +19,7 @@ FILES = 2 * (DELIVERIES + REDELIVERIES) + 256
 def settings_that_work(
     environ: Mapping[str, str] = os.environ, env_file: Path | None = Path(".env")
 ) -> tuple[Settings | None, dict[str, Finding]]:
-    """The settings without the wrong ones, and a fault for each of these. None: even the rest
-    cannot be read.
-    """
+    """The settings without the wrong ones, or None, and a fault for each of these."""
     found: dict[str, Finding] = {}
     left = dict(environ)
     while True:

@@ -38,9 +38,7 @@ def check_coding(request: Request) -> None:
 
 
 async def read_json(request: Request, *, empty: bool = False) -> JSON:
-    """The body as a JSON object. With `empty`, no body is {}. Raises ApiError as `read_body` and
-    `parsed` do.
-    """
+    """The body as a JSON object. With `empty`, no body is {}. Raises ApiError."""
     body = await read_body(request)
     return await parsed(body) if body or not empty else {}
 
@@ -88,9 +86,7 @@ async def read_model(request: Request, kind: type[Model]) -> Model:
 
 
 def validated(kind: type[Model], body: JSON) -> Model:
-    """The body as a pydantic model. Raises ApiError 400 for its first bad field, with its limit and
-    its value.
-    """
+    """The body as a model. Raises ApiError 400 for its first bad field, with limit and value."""
     try:
         return kind.model_validate_json(compact_json(body))
     except ValidationError as error:
@@ -179,9 +175,7 @@ def query_time(request: Request, name: str) -> int | None:
 
 
 def query_owner(request: Request) -> str | None:
-    """The owner of the rows in a list: the caller, or with `admin` the named one. None: every
-    owner. Raises ApiError 400 and 403.
-    """
+    """The owner that a list is about, by default the caller. None: every one. Raises ApiError."""
     caller = caller_of(request)
     owner = query_text(request, "owner", pattern=OWNER, such_as=f"an owner's name ({OWNER})")
     if owner is None:

@@ -54,9 +54,7 @@ def error_response(
 
 
 async def respond(request: Request, error: Exception) -> Response:
-    """The response to an exception. Log lines contain the driver's message without the statement,
-    whose values are clients'.
-    """
+    """The response to an exception. No log line has the statement, with clients' values."""
     match error:
         case ApiError():
             headers = {}

@@ -1,6 +1,4 @@
-"""Events as server-sent events (WHATWG HTML, 9.2), until the reader leaves, its key is revoked or
-the process stops.
-"""
+"""Events as server-sent events (WHATWG HTML, 9.2)."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,9 +28,7 @@ def stream(
     wanted: StreamFilter,
     check_key: Callable[[], Awaitable[object]],
 ) -> Response:
-    """`check_key` raises ApiError once the reader's key is invalid. Raises ApiError 429 or 503 if
-    there are too many streams.
-    """
+    """`check_key` raises ApiError once the key is invalid. Too many streams raise 429 or 503."""
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=MEDIA_TYPE)
     caller = caller_of(request)

@@ -35,9 +35,7 @@ class Shape(BaseModel, defer_build=True):
 
 
 class Body(Shape):
-    """A body without unknown fields. Values have the types of the document, and none is converted
-    from another type.
-    """
+    """A body without unknown fields, whose values are not converted from another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -7,9 +7,7 @@ from service.errors import ApiError
 
 
 class KeyLimits:
-    """A limit of requests per API key, in the notation of the library `limits`, such as
-    `600/minute`. None: no limit.
-    """
+    """A limit of requests per API key, such as `600/minute`. None: no limit."""
 
     def __init__(self, requests: str | None) -> None:
         self._limit = None

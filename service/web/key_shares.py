@@ -1,6 +1,4 @@
-"""Shares of what a process gives out at once, so that one key or one address never takes all of it.
-The figures are in docs/overload.md.
-"""
+"""Shares of what a process gives out at once. The figures are in docs/overload.md."""
 
 import asyncio
 from collections import Counter
@@ -25,9 +23,7 @@ SLOW_S = 1.0  # after which a body or a connection may be ended for another
 
 @lru_cache(1000)
 def address_of(client: tuple[str, int] | None) -> str:
-    """The address of a client. One network of IPv6 (/64) counts as one address, because one machine
-    has it. Clients of a Unix socket are one.
-    """
+    """The address of a client. A network of IPv6 (/64), which one machine has, is one address."""
     host = client[0] if client else ""
     try:
         address = IPv6Address("" if "%" in host else host)
@@ -112,9 +108,7 @@ class HeldBody:
 
     @property
     def places(self) -> tuple[tuple[str, int, int | None, int], ...]:
-        """Whose share it is part of, the most bodies and bytes of that share (None: as many as no
-        body has), and the status of a refusal.
-        """
+        """Whose share it is, its bodies and bytes (None: the free ones), a refusal's status."""
         return (
             (self.key, BODIES_OF_KEY, None, 429),
             (f"from {self.address}", BODIES_OF_ADDRESS, BYTES_OF_ADDRESS, 429),
@@ -161,9 +155,7 @@ class BodyShares:
     def arriving(
         self, body: HeldBody, key: str, address: str, timer: asyncio.Timeout
     ) -> Iterator[None]:
-        """Around the reading of a body, within its time limit `timer`, which also ends it for
-        another. Raises ApiError 429 or 503 if there is no room.
-        """
+        """Around the reading of a body. Its `timer` also ends it for another. Raises ApiError."""
         body.key, body.address, body.timer = key, address, timer
         body.began = asyncio.get_running_loop().time()
         for place, most, _, status in body.places:

@@ -204,9 +204,7 @@ class LoadShedder:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Inside a request, while it does no work: its body arrives, or it waits for a task or an
-        event.
-        """
+        """Inside a request while it does no work, such as while its body arrives."""
         holder = HOLDER.get()
         self.requests.count(holder, "", -1)
         try:
@@ -215,9 +213,7 @@ class LoadShedder:
             self.requests.count(holder, "", 1)
 
     def callback_refused(self) -> None:
-        """Counts a callback that gets 503. The first has its own line at once. One line per second
-        covers the following ones, to the last.
-        """
+        """Counts a callback that gets 503: a line for the first, then one per second."""
         self.metrics.callbacks.labels("overloaded").inc()
         self._refused += 1
         if not self._logging:

@@ -180,9 +180,7 @@ class AcceptLoop:
 
 
 def allow_descriptors() -> None:
-    """Raises the soft limit of open files to the hard one. The usual 1024 would turn callbacks of a
-    burst away.
-    """
+    """Raises the soft limit of open files to the hard one: 1024 would turn callbacks away."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (hard, OPEN_MAX):
         with suppress(ValueError, OSError):
@@ -219,9 +217,7 @@ def free_when_lost(connection: socket.socket) -> None:
 
 @contextmanager
 def stopping() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets. A second SIGINT ends the process at once with 130: the
-    store is safe at every moment.
-    """
+    """An event that SIGTERM or SIGINT sets. A second SIGINT ends the process at once with 130."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupted() -> None:

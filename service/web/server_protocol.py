@@ -46,9 +46,7 @@ def unsent(transport: asyncio.Transport) -> int:
 
 
 class PipelineFlow(FlowControl):
-    """Reads nothing while requests of the connection wait behind one that is not answered. A client
-    may send thousands of them at once.
-    """
+    """Reads nothing while requests of the connection wait. A client may send thousands at once."""
 
     def __init__(self, protocol: "BoundedProtocol") -> None:
         super().__init__(protocol.transport)
@@ -159,9 +157,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def slow_since(self) -> float | None:
-        """When this connection became idle, or began a head that is not complete, if that is a
-        while ago.
-        """
+        """When it became idle or began a head that is not complete, if that is a while ago."""
         slow = self._idle and not self._queued and self.loop.time() - self._since >= SLOW_S
         return self._since if slow else None
 

@@ -1,6 +1,4 @@
-"""Sessions of the console. A cookie holds the whole session, sealed: the server stores nothing, so
-that every process accepts it.
-"""
+"""Sessions of the console: a sealed cookie, which every process accepts."""
 
 import json
 import secrets

@@ -38,7 +38,5 @@ class PageRoutes(BaseRoute):
 
 
 def site_routes(context: Context) -> list[BaseRoute]:
-    """All routes of a web process: those of the API, its documentation, which needs no key, and the
-    console unless it is off.
-    """
+    """All routes of a web process, with the console unless it is off."""
     return [*routes(), PageRoutes(console=context.access.sessions is not None)]

@@ -24,9 +24,7 @@ def contents() -> Mapping[str, bytes]:
 
 @cache
 def version() -> str:
-    """The hash of all files. A module imports another by a relative address, so that both are of
-    one version.
-    """
+    """The hash of all files, because a script imports another of the same version."""
     digest = hashlib.sha256()
     for name, content in sorted(contents().items()):
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -40,9 +38,7 @@ def asset_url(name: str) -> str:
 
 
 async def asset(request: Request) -> Response:
-    """Answers with a file. A page of another version, during an upgrade, gets this one's file and
-    asks again the next time.
-    """
+    """Answers with a file. A page of another version gets this one's, and asks again later."""
     name = request.path_params["name"]
     content = contents().get(name)
     if content is None:

@@ -25,9 +25,7 @@ FORM_S, FILES_S = 30.0, 300.0
 
 @dataclass(slots=True)
 class FormFields:
-    """The fields of a form in their order. A file is a field with the id of the stored file.
-    `refused` are the errors of files that were not stored.
-    """
+    """The fields of a form. A file's field is the id of the stored file, or in `refused`."""
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
     refused: list[ApiError] = field(default_factory=list)
@@ -44,9 +42,7 @@ Keep = Callable[[FormFields, str | None, AsyncIterator[bytes]], Awaitable[str]]
 
 
 async def read_form(request: Request, session: Session, key: str, keep: Keep) -> FormFields:
-    """`keep` stores a file and returns its id. Raises ApiError 403 for a wrong token, 400, 408,
-    413 and 415.
-    """
+    """`keep` stores a file and returns its id. Raises ApiError, for a wrong token 403."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     files = kind == "multipart/form-data"
     if not files and kind != "application/x-www-form-urlencoded":

@@ -61,9 +61,7 @@ def sessions_of(request: Request) -> Sessions:
 def sign_in_page(
     request: Request, target: str, *, error: ApiError | None = None, fresh: bool = True
 ) -> Response:
-    """The form. A link from another site brings no cookie, because the cookie is strict. Then the
-    page goes to its target once more by itself.
-    """
+    """The form. A link of another site brings no strict cookie: the page then loads once more."""
     sessions = sessions_of(request)
     session, cookie = sessions.read(request), ""
     if session is None:

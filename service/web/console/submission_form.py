@@ -155,9 +155,7 @@ def size_of(draft: Draft) -> str | None:
 
 
 def presets(sizes: JSON | None) -> list[tuple[str, str]]:
-    """Sizes to choose from, each with a label: those of the model, then large ones of common
-    ratios inside its range.
-    """
+    """Sizes with labels: those of the model, then large ones of common ratios in its range."""
     if sizes is None:
         return []
     found = {value: value for value in sizes["values"] or ()}

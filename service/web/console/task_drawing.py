@@ -1,6 +1,4 @@
-"""Drawings of a task: its timeline to scale with folded waits, and its state machine. And the
-difference between two callbacks.
-"""
+"""Drawings of a task's timeline and state machine, and the difference of two callbacks."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -112,9 +112,7 @@ class CallbackRoute:
 
 
 def has_long_body(scope: Scope) -> bool:
-    """Whether the body may be longer than what arrives with the request: it is announced as long,
-    has no announced length, or waits for `100 Continue`.
-    """
+    """Whether more of the body may follow than what arrives with the request."""
     headers = dict(scope["headers"])
     unknown = b"transfer-encoding" in headers or b"expect" in headers
     return unknown or int(headers.get(b"content-length", 0)) > SMALL_BODY

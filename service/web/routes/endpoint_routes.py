@@ -47,9 +47,7 @@ def shown(row: Row, headers: JSON | None, replay: JSON | None = None) -> JSON:
 
 
 def document(resources: Resources, row: Row, replay: JSON | None = None) -> JSON:
-    """The endpoint as its owner sees it. If no key decrypts its headers, `headers` is null, and no
-    delivery is sent without them.
-    """
+    """The endpoint as its owner sees it. `headers` is null if no key decrypts them."""
     headers: JSON | None = None if row["headers"] else {}
     if row["headers"]:
         with suppress(ConfigurationError):

@@ -54,9 +54,7 @@ def event_types(request: Request) -> list[str]:
 
 
 def types_of(pattern: str) -> list[str]:
-    """The types that the pattern means, or the pattern itself if common ones are among them: a
-    rare type is looked up by itself.
-    """
+    """The types that the pattern means, or itself if common ones, which have an index, are so."""
     found = [type for type in EVENT_TYPES if type_matches(pattern, type)]
     return [pattern] if set(found) & set(COMMON) else found
 

@@ -70,9 +70,7 @@ async def kept_part(
 
 @dataclass(slots=True)
 class UploadForm:
-    """A form with one part `file`. Its part `fileName`, as the upstream's clients send it, names
-    the file and may come before or after it.
-    """
+    """A form with one part `file`. A part `fileName` of an upstream's client names the file."""
 
     parts: AsyncIterator[FormPart]
     filename: str | None = None

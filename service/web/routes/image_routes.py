@@ -26,9 +26,7 @@ HEADERS = {
 
 
 def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
-    """Start and end of a single range (RFC 9110, 14.1.2). Empty: outside the image. None: the whole
-    image.
-    """
+    """Start and end of a range (RFC 9110, 14.1.2). Empty: outside. None: the whole image."""
     match = RANGE.fullmatch(text) if text else None
     if match is None or match[1] == match[2] == "":
         return None

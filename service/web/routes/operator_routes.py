@@ -88,9 +88,7 @@ async def resolve(request: Request) -> Response:
 
 
 async def _act(request: Request, act: str, body: BulkBody, *, resubmit: bool = False) -> Response:
-    """Goes through the tasks of this moment in pages. If the process dies in between, the rest is
-    as before, and the same request goes on with it.
-    """
+    """Acts in pages. If the process dies in between, the same request goes on with the rest."""
     store = resources_of(request).store
     wanted = body.filter
     since, until = milliseconds(wanted.since), milliseconds(wanted.until)

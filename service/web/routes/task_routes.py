@@ -55,9 +55,7 @@ def held_by(context: Context) -> str | None:
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
-    """Seconds to wait by `Prefer` (None: by default), and the applied preference. `wait` wins over
-    `respond-async`.
-    """
+    """Seconds to wait by `Prefer` (None: by default), and the preference that was applied."""
     wait, asynchronous = None, False
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
         name, _, value = preference.partition(";")[0].partition("=")
@@ -107,9 +105,7 @@ async def submit(request: Request) -> Response:
 
 
 async def accepted(request: Request, key: str | None) -> tuple[str, TaskRow | None]:
-    """The id of the durable task, and its row unless it existed before. The body is in memory only
-    here, and not while the request waits for the task.
-    """
+    """The task's id, and its row unless it existed before. The body is in memory only here."""
     intake, caller = context_of(request).intake, caller_of(request)
     text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
     body = await parsed(text)

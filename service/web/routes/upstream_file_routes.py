@@ -1,6 +1,4 @@
-"""The upstream's own file API on our files, so that its clients upload when only their base URL
-changes. Answers and refusals have the upstream's shape.
-"""
+"""The upstream's own file API on our files, in its shape: its clients change their base URL."""
 
 import binascii
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -77,9 +77,7 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
 
 
 async def _get(context: Context, path: str) -> UpstreamResponse:
-    """The upstream's answer. Raises ApiError 503 if it refuses the service's own key or account,
-    which the client would take for its own.
-    """
+    """The upstream's answer. Raises ApiError 503 if it refuses the service's own account."""
     async with context.resources.limiter.slot("passthrough", SLOT_S) as record:
         answer = await context.resources.upstreams[DEFAULT_UPSTREAM].passthrough("GET", path)
         record(throttled(answer))
@@ -90,9 +88,7 @@ async def _get(context: Context, path: str) -> UpstreamResponse:
 
 
 def passed_on(answer: UpstreamResponse) -> Response:
-    """Status and body of a JSON response. Raises ApiError 503 for a failure of the upstream or of a
-    gateway.
-    """
+    """Status and body of a JSON response. Raises ApiError 503 for a failure of the upstream."""
     if not (200 <= answer.status < 300 or 400 <= answer.status < 500) or read(answer.body) is None:
         raise no_answer(answer)
     headers = {"Retry-After": str(wait_of(answer))} if answer.status == 429 else None

@@ -46,9 +46,7 @@ async def spending(visit: Visit) -> Response:
 
 
 def every_day(rows: list[Row], since: str | None, until: str) -> list[Row]:
-    """The rows, and one without a cost for each day between. Times are read as their dates. A long
-    time has its last `MAX_BARS` days.
-    """
+    """The rows, with one for each day between, for the last `MAX_BARS` days at the most."""
     found = {row["key"]: row for row in rows}
     if not found:
         return []
