@@ -190,7 +190,6 @@ def make_context(
     broker_workers: Mapping[str, BrokerWorker],
     stopping: Stopping,
 ) -> Context:
-    """The objects that the routes of this process share."""
     admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
     pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
     days, least = settings.file_retention_days, settings.min_free_bytes
@@ -232,7 +231,6 @@ def make_context(
 async def examined(
     settings: Settings, resources: Resources, pool: WorkerPool, watch: WorkerWatch | None
 ) -> JSON:
-    """The findings of the doctor about this process."""
     from service.doctor.examination import examine, report
     from service.doctor.patient import living
 
@@ -242,8 +240,6 @@ async def examined(
 
 
 def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> Starlette:
-    """The application over a running process."""
-
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Context]]:
         yield {"context": context}

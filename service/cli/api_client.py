@@ -116,7 +116,6 @@ class ApiClient:
         return "--url" if self.at.named_by == "--url" else "DARKROOM_URL"
 
     def fetch(self, path: str) -> bytes:
-        """The bytes of a stored image."""
         answer = self._send("GET", path)
         if answer.status != 200:
             raise CommandFailed(f"{self.url}{path} answered {answer.status}")
@@ -156,7 +155,6 @@ def segment(text: str) -> str:
 
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
-    """KEY=VALUE texts as a mapping."""
     values = {}
     for text in texts or []:
         name, equals, value = text.partition("=")

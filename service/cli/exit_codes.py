@@ -20,7 +20,6 @@ FAILED, INTERRUPTED = 1, 130
 
 
 def main() -> None:
-    """Runs the program, and exits."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack a character
@@ -57,7 +56,6 @@ def failure(error: Exception) -> JSON:
 
 
 def complaint(error: Exception) -> str:
-    """The error in one line."""
     if isinstance(error, DarkroomError):
         return plain(error)
     if hasattr(error, "format_message"):  # bad usage

@@ -84,7 +84,6 @@ def put_table(rows: Sequence[Mapping[str, Any]], *columns: str) -> None:
 
 
 def show(document: Mapping[str, Any], as_json: bool) -> None:
-    """Prints a document as JSON or as fields."""
     if as_json:
         put_json(document)
     else:

@@ -30,8 +30,6 @@ Local = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The options `--url` and `--local`."""
-
     url: str | None = None
     local: bool = False
 

@@ -177,11 +177,6 @@ def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":
         raise typer.BadParameter(str(error), param_hint="--allow-networks") from None
 
 
-def own_address(settings: "Settings") -> str:
-    """The service's address as this machine reaches it."""
-    return reached_at(settings.host, settings.port)
-
-
 def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -> "Settings":
     """The settings of `serve --sandbox`.
 
@@ -203,7 +198,7 @@ def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -
         "upstream_networks": loopbacks,
         "endpoint_networks": loopbacks,
         "task_callback_networks": loopbacks,
-        "callback_url": own_address(settings),
+        "callback_url": reached_at(settings.host, settings.port),
         "log_format": "console" if people else settings.log_format,
     }
     return load_settings(**options | own)
@@ -253,7 +248,7 @@ def serve_on_sandbox(
 
 def announce(settings: "Settings", upstream: str, key: str, as_json: bool) -> None:
     """Prints the address, a key and a request that works."""
-    address = own_address(settings)
+    address = reached_at(settings.host, settings.port)
     curl = (
         f"curl -sS {address}/v1/images/generations -H 'Authorization: Bearer {key}'"
         f" -H 'Content-Type: application/json' -H 'Prefer: wait=30' -d '{BODY}'"

@@ -21,7 +21,6 @@ Yes = Annotated[bool, option("Act. Without it, the command only counts.", "--yes
 
 
 def by_filter(given: JSON) -> JSON:
-    """The body of an act in bulk."""
     choice = {name: given.pop(name) for name in CHOICE if name in given}
     yes = given.pop("yes")
     given["as"] = given.pop("decision", None)

@@ -178,7 +178,6 @@ def post(client: ApiClient, order: JSON, key: str, wait_s: int | None = None) ->
 
 
 def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
-    """The terminal task. Meanwhile a terminal shows the task's progress."""
     wait_s = PROGRESS_WAIT_S if sys.stderr.isatty() else SUBMIT_WAIT_S
     with progress(task) as update:
         while not has_ended(task):

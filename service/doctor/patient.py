@@ -84,7 +84,6 @@ def probing(settings: Settings) -> Egress:
 async def living(
     settings: Settings, resources: Resources, workers: bool, *, calls: bool
 ) -> AsyncIterator[Patient]:
-    """A process at work."""
     async with probing(settings) as egress:
         yield Patient(
             settings,

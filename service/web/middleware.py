@@ -42,8 +42,6 @@ class Requests:
 
 
 class Exchange:
-    """One request and its response."""
-
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._headers = dict(scope["headers"])

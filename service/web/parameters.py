@@ -106,7 +106,6 @@ STREAM_HEADERS: Mapping[str, JSON] = {
 
 
 def parameters(path: str, names: tuple[str, ...], path_names: list[str]) -> list[JSON]:
-    """The parameters of an operation as the document has them."""
     made = [
         {"name": name, "in": "path", "required": True}
         | PATHS.get(name, {"schema": {"type": "string", "pattern": PATH_ID}})

@@ -32,7 +32,6 @@ class LoginLimiter:
         self._failed: dict[str, deque[float]] = {}
 
     def check(self, address: str, now: float) -> None:
-        """Raises ApiError 429."""
         times = self._failed.get(address, deque())
         while times and times[0] <= now - WINDOW_S:
             times.popleft()
@@ -109,7 +108,6 @@ async def sign_in_form(request: Request, limiter: LoginLimiter) -> FormFields:
 
 
 async def key_owner(request: Request, limiter: LoginLimiter, key: str) -> Caller:
-    """Raises ApiError 401."""
     caller = await context_of(request).access.by_key(key) if key else None
     if caller is None:
         limiter.failed(address_of(request.scope.get("client")), time.monotonic())

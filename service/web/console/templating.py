@@ -53,7 +53,6 @@ def link(path: str, query: Mapping[str, Any] | None = None, **changes: Any) -> s
 
 
 def tone(state: str | None) -> str:
-    """The colour of a state."""
     return TONES.get(state or "", "idle")
 
 

@@ -53,7 +53,6 @@ class Visit:
         return self.request.headers.get(FRAGMENT)
 
     def path(self, name: str) -> str:
-        """A parameter of the page's path."""
         text: str = self.request.path_params[name]
         return text
 

@@ -60,7 +60,6 @@ def groups(paths: JSON) -> dict[str, list[JSON]]:
 
 
 def rows_of(schema: JSON) -> list[JSON]:
-    """The properties of a schema, each with its name and whether it is required."""
     required = schema.get("required", ())
     properties = schema.get("properties", {})
     return [

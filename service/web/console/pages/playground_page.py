@@ -63,7 +63,6 @@ async def act(visit: Visit) -> Response:
 
 
 async def again(visit: Visit) -> Response:
-    """Sends the request of an earlier task once more."""
     earlier = await visit.call("GET /v1/tasks/{task_id}", task_id=visit.form.get("task"))
     if earlier["prompt"] is None:
         return visit.redirect(HERE, "The prompt of that task is no longer kept.", "bad")

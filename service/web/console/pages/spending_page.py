@@ -59,7 +59,6 @@ def every_day(rows: list[Row], since: str | None, until: str) -> list[Row]:
 
 
 def net(row: Row) -> float:
-    """The final cost of a row of usage."""
     cost: float = row["used"] - row["refunded"]
     return cost
 
