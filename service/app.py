@@ -52,10 +52,9 @@ from service.web.error_responses import HANDLERS
 from service.web.key_limits import KeyLimits
 from service.web.middleware import Requests
 from service.web.overload import LoadShedder, PriorityGate
-from service.web.routes.table import operators_routes
+from service.web.routes.table import operators_routes, site_routes
 from service.web.server import Server, bind, listening
 from service.web.sessions import Sessions
-from service.web.site import site_routes
 
 log = structlog.get_logger()
 

@@ -17,7 +17,6 @@ from service.backends import (
 )
 from service.blobs.blob_store import Blobs
 from service.db.batching import BatchingStore
-from service.doctor.mounts import NETWORK, file_system
 from service.errors import ConfigurationError, SchemaMismatch, StoreInUse
 from service.net.egress_client import Egress, Rules
 from service.resources import Resources
@@ -27,6 +26,10 @@ from service.upstreams.base import Upstream
 from service.upstreams.catalogue import DEFAULT_UPSTREAM
 
 MIGRATE = "run `darkroom migrate`, or start the version that fits"
+# As /proc/self/mountinfo names them. SQLite's locks and syncs do not hold on them.
+NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre"}
+NETWORK |= {"fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "fuse.rclone", "fuse.gcsfuse"}
+MOUNTS = Path("/proc/self/mountinfo")
 State = Literal["ok", "warning", "fault", "skipped"]
 
 
@@ -78,6 +81,18 @@ class Patient:
 def probing(settings: Settings) -> Egress:
     """The guarded client of the probes. It does not follow redirects."""
     return Egress(Rules("doctor", settings.upstream_networks, networks_setting=NETWORKS_SETTING))
+
+
+def file_system(folder: Path) -> str:
+    """The type of a folder's file system, by the table of mounts: the folder may not answer."""
+    best, kind = 0, "unknown"
+    for line in MOUNTS.read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split()[4].encode().decode("unicode_escape")
+        inside = f"{folder}/".startswith(f"{point.rstrip('/')}/")
+        if inside and len(point) >= best:
+            best, kind = len(point), after.split()[0]
+    return kind
 
 
 @asynccontextmanager

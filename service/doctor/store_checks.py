@@ -10,8 +10,18 @@ from service.blobs.blob_store import Blobs
 from service.db.clock import wall_clock
 from service.db.schema import revision, revisions
 from service.db.tables import deliveries, endpoints
-from service.doctor.mounts import NETWORK, file_system
-from service.doctor.patient import MIGRATE, Finding, Patient, fault, ok, skipped, told, warning
+from service.doctor.patient import (
+    MIGRATE,
+    NETWORK,
+    Finding,
+    Patient,
+    fault,
+    file_system,
+    ok,
+    skipped,
+    told,
+    warning,
+)
 from service.errors import BlobUnavailable, EgressError, StoreUnavailable
 from service.ids import blob_name, make_id
 from service.images.downloads import host_refused

@@ -16,9 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from service.errors import ConfigurationError
+from service.web.key_shares import UnsentBytes
 from service.web.overload import PriorityGate
 from service.web.server_protocol import BoundedProtocol
-from service.web.unsent import UnsentBytes
 
 # Longer than clients and load balancers keep an idle connection (usually 5 to 60 s). The side that
 # reuses a connection must also close it. Otherwise a request crosses our close and is lost.

@@ -18,10 +18,9 @@ from uvicorn.server import ServerState
 
 from service.resources import new_id
 from service.web.error_responses import error_body
-from service.web.key_shares import SLOW_S, address_of
+from service.web.key_shares import SLOW_S, UnsentBytes, address_of
 from service.web.overload import PriorityGate
 from service.web.request_parser import RequestParser
-from service.web.unsent import UnsentBytes
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
 MAX_HEADERS = 100

@@ -10,7 +10,7 @@ from service.net import transport
 from service.queue import limiter
 from service.tasks import inbox_worker
 from service.upstreams.lenient import USUAL_BYTES
-from service.web import auth, bodies, key_shares, overload, server, server_protocol, unsent
+from service.web import auth, bodies, key_shares, overload, server, server_protocol
 from service.web.list_page import PIECE
 from service.web.routes import callback_route, task_routes, upstream_file_routes
 from tests.bench.program import markdown
@@ -68,8 +68,8 @@ def waiting() -> dict[str, str]:
         f" in pieces of {size(PIECE)} that are freed one by one. Those above {size(PIECE)} that"
         f" are on their way: {half(overload.LONG_PAGES)}",
         "an image on its way": size(CHUNK),
-        "what readers of all answers leave": f"{size(unsent.MAX_UNSENT)}, beside what the kernel"
-        " holds (`net.ipv4.tcp_mem`)",
+        "what readers of all answers leave": f"{size(key_shares.MAX_UNSENT)}, beside what the"
+        " kernel holds (`net.ipv4.tcp_mem`)",
         "writes that wait for a commit": "running callbacks + running clients' requests + places of"
         " the workers",
         "reads that wait for a connection": "the same + requests whose key is looked up",

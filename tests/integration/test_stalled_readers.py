@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from service.web import server_protocol, unsent
+from service.web import key_shares, server_protocol
 from service.web.server import Server, bind, listening
 from tests.waiting import wait_until
 
@@ -149,7 +149,7 @@ async def test_the_bytes_that_all_readers_leave_have_a_limit(
     """Connections of the address that leaves the most end. A slow reader of another address, which
     came first, gets more of its answer.
     """
-    monkeypatch.setattr(unsent, "MAX_UNSENT", 2 * LENGTH if kind == "whole" else 1 << 18)
+    monkeypatch.setattr(key_shares, "MAX_UNSENT", 2 * LENGTH if kind == "whole" else 1 << 18)
     ended, abort = list[str](), server_protocol.BoundedProtocol.abort
 
     def noted(self: server_protocol.BoundedProtocol) -> None:
@@ -163,7 +163,7 @@ async def test_the_bytes_that_all_readers_leave_have_a_limit(
         await wait_until(lambda: held.total)
         await stalled(stack, host, port, kind, 12)
         await wait_until(lambda: ended)
-        assert held.total <= unsent.MAX_UNSENT
+        assert held.total <= key_shares.MAX_UNSENT
         assert set(ended) == {"127.0.0.1"}
         assert await taken(other, 8 << 20) >= 8 << 20
     assert (held.total, held._held) == (0, {})
@@ -171,7 +171,7 @@ async def test_the_bytes_that_all_readers_leave_have_a_limit(
 
 async def test_the_slowest_readers_of_an_address_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that takes its answer holds nothing."""
-    monkeypatch.setattr(unsent, "MAX_UNSENT", LENGTH * 5 // 2)
+    monkeypatch.setattr(key_shares, "MAX_UNSENT", LENGTH * 5 // 2)
     async with serving() as (host, port, server), AsyncExitStack() as stack:
         (first,) = await stalled(stack, host, port, "whole", 1)
         await wait_until(lambda: len(server._unsent._held) == 1)

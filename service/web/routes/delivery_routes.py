@@ -1,8 +1,8 @@
 """Deliveries and their attempts."""
 
 import re
+from functools import partial
 
-from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -25,7 +25,6 @@ from service.web.parameters import HTTP_STATUS
 
 async def deliveries(request: Request) -> Response:
     """List deliveries, newest first."""
-    caller = caller_of(request)
     filters = {
         "endpoint_id": query_text(request, "endpoint"),
         "event_id": query_text(request, "event"),
@@ -35,12 +34,10 @@ async def deliveries(request: Request) -> Response:
         "last_status": query_status(request),
     }
     where = {name: value for name, value in filters.items() if value is not None}
-
-    def rows(connection: Connection, wanted: Selection) -> list[tuple[Row, list[Row]]]:
-        return delivery_list(connection, wanted, where)
+    rows, answers = partial(delivery_list, where=where), caller_of(request).sees is None
 
     def shown(item: tuple[Row, list[Row]]) -> JSON:
-        return delivery_document(*item, answers=caller.sees is None)
+        return delivery_document(*item, answers=answers)
 
     return await page(request, rows, lambda item: position_of(item[0]), shown)
 

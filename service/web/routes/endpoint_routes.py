@@ -31,7 +31,12 @@ from service.web.endpoint_schemas import EndpointPatch, EndpointSample, NewEndpo
 from service.web.list_page import page, position_of
 
 
-def shown(row: Row, headers: JSON | None, replay: JSON | None = None) -> JSON:
+def document(resources: Resources, row: Row, replay: JSON | None = None) -> JSON:
+    """The endpoint as its owner sees it. `headers` is null if no key decrypts them."""
+    headers: JSON | None = None if row["headers"] else {}
+    if row["headers"]:
+        with suppress(ConfigurationError):
+            headers = json.loads(resources.keyring.decrypt(row["headers"]))
     return {
         **{name: row[name] for name in ("id", "owner", "url", "types", "description", "status")},
         **all_options(row["options"]),
@@ -44,15 +49,6 @@ def shown(row: Row, headers: JSON | None, replay: JSON | None = None) -> JSON:
         "success_rate": None if (rate := row["success_rate"]) is None else round(float(rate), 4),
         "replay": replay,
     }
-
-
-def document(resources: Resources, row: Row, replay: JSON | None = None) -> JSON:
-    """The endpoint as its owner sees it. `headers` is null if no key decrypts them."""
-    headers: JSON | None = None if row["headers"] else {}
-    if row["headers"]:
-        with suppress(ConfigurationError):
-            headers = json.loads(resources.keyring.decrypt(row["headers"]))
-    return shown(row, headers, replay)
 
 
 def options_of(body: NewEndpoint | EndpointPatch) -> JSON:

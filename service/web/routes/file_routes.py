@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
-from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from service.db.paging import Selection
 from service.errors import ApiError, BlobMissing, invalid_request
 from service.net.multipart import FormPart, MultipartForm
 from service.tasks.files import FileRow, file_document, file_list, stored_file
@@ -18,7 +17,7 @@ from service.upstreams.catalogue_images import COMMON, at_most
 from service.web.auth import caller_of
 from service.web.bodies import query_text, reader_of
 from service.web.context import context_of, resources_of
-from service.web.list_page import Position, page
+from service.web.list_page import page
 from service.web.routes.image_routes import HEADERS
 
 UPLOAD_S = 120.0
@@ -127,15 +126,8 @@ async def bounded(
 
 async def files(request: Request) -> Response:
     """List input images, newest first."""
-    now = resources_of(request).store.clock()
-
-    def rows(connection: Connection, wanted: Selection) -> list[FileRow]:
-        return file_list(connection, wanted, now)
-
-    def position(row: FileRow) -> Position:
-        return row.created_at, row.id
-
-    return await page(request, rows, position, file_document)
+    rows = partial(file_list, now=resources_of(request).store.clock())
+    return await page(request, rows, lambda row: (row.created_at, row.id), file_document)
 
 
 async def known_file(request: Request) -> FileRow:

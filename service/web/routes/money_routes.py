@@ -4,13 +4,13 @@ import csv
 import io
 import re
 from datetime import date, timedelta
+from functools import partial
 
-from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.credits import credits_number, millionths
-from service.db.paging import Row, Selection
+from service.db.paging import Row
 from service.errors import ApiError, invalid_request
 from service.ids import rfc3339
 from service.strict_json import JSON
@@ -82,11 +82,7 @@ async def set_budget(request: Request) -> Response:
 
 async def budgets(request: Request) -> Response:
     """List budgets with what is spent and reserved, by owner."""
-    now = resources_of(request).store.clock()
-
-    def rows(connection: Connection, wanted: Selection) -> list[BudgetState]:
-        return budget_states(connection, wanted, now)
-
+    rows = partial(budget_states, now=resources_of(request).store.clock())
     return await page(request, rows, lambda state: (0, state.owner), budget_document)
 
 

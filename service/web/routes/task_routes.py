@@ -2,13 +2,12 @@
 
 import re
 from contextlib import nullcontext
+from functools import partial
 
-from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
 
-from service.db.paging import Selection
 from service.errors import ApiError, invalid_request
 from service.images.downloads import quarantined_bodies
 from service.links import is_data, with_links
@@ -171,13 +170,15 @@ async def tasks(request: Request) -> Response:
         message = "metadata names with quotes, backslashes or control characters cannot be"
         raise invalid_request(f"{message} searched for", "metadata")
     metadata = {name.removeprefix(METADATA): query_text(request, name) or "" for name in names}
-    state = query_text(request, "state", [state.value for state in State])
-    model, error = query_text(request, "model"), query_text(request, "error")
     part = query_text(request, "prompt")
-    prompt = (caller_of(request).owner, part) if part else None
-
-    def rows(connection: Connection, wanted: Selection) -> list[Found]:
-        return task_queries.task_list(connection, wanted, state, model, metadata, error, prompt)
+    rows = partial(
+        task_queries.task_list,
+        state=query_text(request, "state", [state.value for state in State]),
+        model_name=query_text(request, "model"),
+        metadata=metadata,
+        error=query_text(request, "error"),
+        prompt=(caller_of(request).owner, part) if part else None,
+    )
 
     def position(item: Found) -> Position:
         return item[0].created_at, item[0].id

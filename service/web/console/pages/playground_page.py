@@ -1,7 +1,10 @@
 """The playground: a form for a task, its cost, its result, and the last tasks of one's own."""
 
+import json
+import pprint
 import re
 import secrets
+import shlex
 from typing import Any
 
 from starlette.responses import Response
@@ -9,7 +12,6 @@ from starlette.responses import Response
 from service.errors import ApiError, invalid_request
 from service.images.input_sources import FILE_ID, IMAGE_ID
 from service.strict_json import JSON
-from service.web.console.code_samples import samples
 from service.web.console.submission_form import CUSTOM, Draft, body_of, field_of, others, presets
 from service.web.console.visits import View, Visit
 from service.web.context import context_of
@@ -171,6 +173,42 @@ def new_key() -> str:
 
 async def file_content(visit: Visit) -> Response:
     return await visit.answer("GET /v1/files/{file_id}/content", file_id=visit.path("file_id"))
+
+
+def samples(body: JSON, base_url: str, key: str) -> list[tuple[str, str, str]]:
+    """The submission as programs: name, title and text of each. `key`: the idempotency key."""
+    url, text = f"{base_url}/v1/images/generations", json.dumps(body, ensure_ascii=False, indent=2)
+    curl = (
+        f'curl {shlex.quote(url)} \\\n  -H "Authorization: Bearer $DARKROOM_API_KEY" \\\n'
+        f"  -H 'Content-Type: application/json' \\\n  -H 'Idempotency-Key: {key}' \\\n"
+        f"  -d {shlex.quote(text)}"
+    )
+    python = (
+        "import os\nimport httpx\n\n"
+        f"answer = httpx.post(\n    {url!r},\n    headers={{\n"
+        '        "Authorization": f"Bearer {os.environ[\'DARKROOM_API_KEY\']}",\n'
+        f'        "Idempotency-Key": "{key}",\n    }},\n'
+        f"    json={indented(pprint.pformat(body, sort_dicts=False, width=72), 9)},\n"
+        "    timeout=30,\n)\nanswer.raise_for_status()\nprint(answer.json())"
+    )
+    javascript = (
+        f"const answer = await fetch({json.dumps(url)}, {{\n"
+        '  method: "POST",\n  headers: {\n'
+        "    Authorization: `Bearer ${process.env.DARKROOM_API_KEY}`,\n"
+        f'    "Content-Type": "application/json",\n    "Idempotency-Key": "{key}",\n  }},\n'
+        f"  body: JSON.stringify({indented(text, 2)}),\n}});\n"
+        "console.log(answer.status, await answer.json());"
+    )
+    return [
+        ("curl", "curl", curl),
+        ("python", "Python", python),
+        ("javascript", "JavaScript", javascript),
+    ]
+
+
+def indented(text: str, by: int) -> str:
+    """Every line but the first."""
+    return text.replace("\n", "\n" + " " * by)
 
 
 VIEWS = (
