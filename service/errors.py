@@ -75,7 +75,6 @@ class ApiError(DarkroomError):
         code: str,
         message: str,
         *,
-        type: str | None = None,
         param: str | None = None,
         task_id: str | None = None,
         retry_after: int | None = None,
@@ -85,7 +84,6 @@ class ApiError(DarkroomError):
         self.status = status
         self.code = code
         self.message = message
-        self.type = type or type_of(status)
         self.param = param
         self.task_id = task_id
         self.retry_after = retry_after

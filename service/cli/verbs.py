@@ -33,9 +33,9 @@ def text(help: str, metavar: str | None = None) -> Any:
     return Annotated[Text, option(help, metavar=metavar)]
 
 
-def required(help: str, metavar: str | None = None) -> Any:
+def required(help: str) -> Any:
     """The type of a text that must be given."""
-    return Annotated[str, option(help, metavar=metavar)]
+    return Annotated[str, option(help)]
 
 
 def with_metadata(given: JSON) -> JSON:

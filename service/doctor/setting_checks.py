@@ -9,19 +9,18 @@ from service.backends import DELIVERIES, REDELIVERIES
 from service.doctor.patient import Finding, Patient, fault, ok
 from service.errors import ConfigurationError, SettingsError
 from service.settings import Settings, load_settings
-from service.variables import PREFIX
+from service.variables import ENV_FILE, PREFIX
 
 QUOTES = "\"'"
 # Deliveries and retries at once, as many sockets of clients, and what files and databases need.
 FILES = 2 * (DELIVERIES + REDELIVERIES) + 256
 
 
-def settings_that_work(
-    environ: Mapping[str, str] = os.environ, env_file: Path | None = Path(".env")
-) -> tuple[Settings | None, dict[str, Finding]]:
+def settings_that_work() -> tuple[Settings | None, dict[str, Finding]]:
     """The settings without the wrong ones, or None, and a fault for each of these."""
     found: dict[str, Finding] = {}
-    left = dict(environ)
+    left = dict(os.environ)
+    env_file: Path | None = ENV_FILE
     while True:
         complaints: Mapping[str, str] = {}
         try:

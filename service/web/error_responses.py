@@ -64,8 +64,7 @@ async def respond(request: Request, error: Exception) -> Response:
                 headers["WWW-Authenticate"] = "Bearer"
             if error.status == 415 and error.param == "Content-Encoding":
                 headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
-            more: JSON = {"param": error.param, "task_id": error.task_id, "type": error.type}
-            more |= error.figures
+            more = {"param": error.param, "task_id": error.task_id, **error.figures}
             return error_response(request, error.status, error.code, error.message, headers, **more)
         case HTTPException():
             code = CODES.get(error.status_code, "invalid_request")

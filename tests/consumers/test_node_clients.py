@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from service.web import event_stream
+from service.web.routes import event_routes
 from tests.api import UNTIL_DONE, got, submitted
 from tests.consumers.programs import MODULES, node
 from tests.world import TEXT_TO_IMAGE, World, world
@@ -28,8 +28,8 @@ REPORTS_S = 100
 async def silent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """A service whose streams comment more often than events come, and that has one event."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_stream, "CHECK_S", 0.01)
-        patch.setattr(event_stream, "COMMENT_S", 0.01)
+        patch.setattr(event_routes, "CHECK_S", 0.01)
+        patch.setattr(event_routes, "COMMENT_S", 0.01)
         async with world(tmp_path_factory.mktemp("silent")) as here:
             await submitted(here.client, UNTIL_DONE)
             yield here

@@ -16,7 +16,7 @@ import pytest
 import requests
 from structlog.testing import capture_logs
 
-from service.web import event_stream
+from service.web.routes import event_routes
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.world import World, world
 
@@ -42,8 +42,8 @@ class Silent:
 @pytest.fixture(scope="module")
 async def silent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Silent]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_stream, "CHECK_S", 0.02)
-        patch.setattr(event_stream, "COMMENT_S", 0.1)
+        patch.setattr(event_routes, "CHECK_S", 0.02)
+        patch.setattr(event_routes, "COMMENT_S", 0.1)
         async with world(tmp_path_factory.mktemp("silent")) as here:
             await submitted(here.client, UNTIL_DONE)
             yield Silent(here, await here.events())

@@ -20,7 +20,7 @@ from service.errors import StoreUnavailable
 from service.events import feed, tail
 from service.events.feed import event_list
 from service.events.tail import StreamFilter, Tail
-from service.web import event_stream
+from service.web.routes import event_routes
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.outbox import emitted
 from tests.waiting import wait_until
@@ -129,14 +129,14 @@ async def test_a_stream_contains_all_events_after_its_headers(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader may submit a task as soon as it has the headers, before the body begins."""
-    frames = event_stream.frames
+    frames = event_routes.frames
 
     async def frames_after_an_event(*given: Any) -> AsyncIterator[str | bytes]:
         await emitted(here.context.resources.store)
         async for part in frames(*given):
             yield part
 
-    monkeypatch.setattr(event_stream, "frames", frames_after_an_event)
+    monkeypatch.setattr(event_routes, "frames", frames_after_an_event)
     async with following(here.client) as stream:
         (found,) = await next_of(stream, 1)
     assert found.event == "image.task.failed"
@@ -281,15 +281,15 @@ async def test_a_comment_comes_when_nothing_else_does(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Comments keep proxies from closing a silent connection."""
-    monkeypatch.setattr(event_stream, "CHECK_S", 0.02)
-    monkeypatch.setattr(event_stream, "COMMENT_S", 0.1)
+    monkeypatch.setattr(event_routes, "CHECK_S", 0.02)
+    monkeypatch.setattr(event_routes, "COMMENT_S", 0.1)
     async with here.owner() as client, following(client) as stream:
         assert {message.event for message in await next_of(stream, 3)} == {":"}
 
 
 async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revoked key ends the stream without another event. A new request gets 401."""
-    monkeypatch.setattr(event_stream, "CHECK_S", 0.05)
+    monkeypatch.setattr(event_routes, "CHECK_S", 0.05)
     monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
         made = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
@@ -306,8 +306,8 @@ async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
     """While events of other owners arrive, the reader still gets comments, and the service still
     notices that its key was revoked.
     """
-    monkeypatch.setattr(event_stream, "CHECK_S", 0.2)
-    monkeypatch.setattr(event_stream, "COMMENT_S", 0.4)
+    monkeypatch.setattr(event_routes, "CHECK_S", 0.2)
+    monkeypatch.setattr(event_routes, "COMMENT_S", 0.4)
     monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
 

@@ -24,9 +24,8 @@ TONES: Mapping[str, str] = {
 
 @cache
 def environment() -> Environment:
-    loader = PackageLoader(__package__)
     made = Environment(
-        loader=loader,
+        loader=PackageLoader(__package__),
         autoescape=True,
         undefined=StrictUndefined,
         auto_reload=False,
@@ -34,14 +33,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals |= {"asset": asset_url, "link": link, "tone": tone, "sparkline": sparkline}
-    made.filters |= {
-        "ago": ago,
-        "moment": moment,
-        "size": size,
-        "coded": coded,
-        "number": number,
-        "span": span,
-    }
+    made.filters |= {each.__name__: each for each in (ago, moment, size, coded, number, span)}
     return made
 
 
@@ -106,11 +98,9 @@ def coded(text: str) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
 
 
-def sparkline(values: Iterable[float], width: int = 120, height: int = 28) -> str:
-    """The points of an SVG polyline over the values, from left to right."""
+def sparkline(values: Iterable[float]) -> str:
+    """The points of a polyline in an SVG of 120 by 28."""
     heights = list(values)
-    most, step = max([*heights, 0]) or 1, (width - 2) / max(1, len(heights) - 1)
-    return " ".join(
-        f"{1 + place * step:.1f},{height - 2 - value / most * (height - 4):.1f}"
-        for place, value in enumerate(heights)
-    )
+    most, step = max([*heights, 0]) or 1, 118 / max(1, len(heights) - 1)
+    points = enumerate(heights)
+    return " ".join(f"{1 + n * step:.1f},{26 - each / most * 24:.1f}" for n, each in points)

@@ -1,31 +1,36 @@
-"""Events after a sequence, as pages or as a stream."""
+"""Events after a sequence, as pages or as a stream of server-sent events (WHATWG HTML, 9.2)."""
 
 import asyncio
 import re
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, suppress
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.db.list_indexes import COMMON
-from service.errors import invalid_request
+from service.errors import ApiError, StoreUnavailable, invalid_request
 from service.events.documents import type_matches
-from service.events.feed import outbox_end, read_events
-from service.events.tail import StreamFilter
+from service.events.feed import Entry, outbox_end, read_events
+from service.events.tail import Gone, StreamFilter, Tail
 from service.ids import sequence_text
 from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.bodies import asks_for, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_schemas import EVENT_TYPES, known_pattern
-from service.web.event_stream import stream
+from service.web.key_shares import HoldingResponse
 from service.web.list_page import page_answer, query_limit
 from service.web.parameters import MAX_TYPES, MAX_WAIT_S, SEQUENCE
 
 log = structlog.get_logger()
 
 STOPPING_S = 1.0
+CHECK_S, COMMENT_S = 1.5, 15.0  # CHECK_S: interval of the checks that the key is still valid
+RETRY_MS = 1000  # before a reader reconnects
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def sequence(text: str | None, param: str) -> int | None:
@@ -97,3 +102,48 @@ async def events(request: Request) -> Response:
         await check_key()  # the key may have been revoked meanwhile
     documents = [entry.document for entry in found]
     return page_answer(request, documents, next_after=sequence_text(last), resync=resync)
+
+
+def stream(
+    request: Request,
+    tail: Tail,
+    after: int,
+    wanted: StreamFilter,
+    check_key: Callable[[], Awaitable[object]],
+) -> Response:
+    """`check_key` raises ApiError once the key is invalid. Too many streams raise 429 or 503."""
+    if request.method == "HEAD":
+        return Response(headers=HEADERS, media_type=MEDIA_TYPE)
+    caller = caller_of(request)
+    share = context_of(request).shedder.streams.take(caller.owner, caller.key)
+    content = frames(tail, after, wanted, check_key)
+    return HoldingResponse(share, content, headers=HEADERS, media_type=MEDIA_TYPE)
+
+
+async def frames(
+    tail: Tail, after: int, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
+) -> AsyncIterator[str | bytes]:
+    clock = asyncio.get_running_loop().time
+    # Only events end with a blank line. Many readers dispatch an empty event at any other.
+    # On an error the stream ends. The reader reconnects, and gets the error as a response.
+    with tail.open(), suppress(ApiError, StoreUnavailable):
+        yield f"retry: {RETRY_MS}\n"
+        sent = checked = clock()
+        async for entries in tail.follow(after, wanted, CHECK_S):
+            if clock() - checked >= CHECK_S:
+                await check_key()
+                checked = clock()
+            if isinstance(entries, Gone):
+                yield f'event: resync\ndata: {{"sequence":"{sequence_text(entries.oldest)}"}}\n\n'
+            elif entries:
+                yield b"".join(map(frame, entries))
+            elif clock() - sent < COMMENT_S - CHECK_S / 2:
+                continue
+            else:
+                yield ": nothing new\n"
+            sent = clock()
+
+
+def frame(entry: Entry) -> bytes:
+    head = f"id: {sequence_text(entry.sequence)}\nevent: {entry.type}\ndata: "
+    return head.encode() + entry.document + b"\n\n"
