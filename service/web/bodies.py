@@ -162,6 +162,11 @@ def milliseconds(time: datetime | None) -> int | None:
     return None if time is None else min(max(round(time.timestamp() * 1000), 0), LAST_MS)
 
 
+def filter_of(choice: BaseModel) -> JSON:
+    """The fields of a filter, with its times in milliseconds."""
+    return {n: milliseconds(each) if isinstance(each, datetime) else each for n, each in choice}
+
+
 def query_time(request: Request, name: str) -> int | None:
     """A time with its offset, in milliseconds. Raises ApiError 400."""
     such_as = "an RFC 3339 time, such as 2026-02-01T09:00:00Z"

@@ -164,7 +164,9 @@ class AcceptLoop:
                 self._pause()
                 return count
             connection.setblocking(False)
-            free_when_lost(connection)
+            # The system would wait a quarter of an hour for a peer that lost its network.
+            if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_MS)
             opening = self._loop.create_task(self._open(connection))
             self._opening.add(opening)
             opening.add_done_callback(self._opening.discard)
@@ -205,14 +207,6 @@ def bind(host: str, port: int) -> socket.socket:
     bound.listen(BACKLOG)
     bound.setblocking(False)
     return bound
-
-
-def free_when_lost(connection: socket.socket) -> None:
-    """Ends a connection when its peer acknowledges nothing for a while, for instance after a
-    stream's reader lost its network. The system would wait a quarter of an hour.
-    """
-    if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_MS)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import Message, Receive
 
 from service.errors import ApiError
+from service.strict_json import JSON
 from service.web.auth import Caller
 from service.web.console.form_bodies import FormFields
 from service.web.console.templating import environment
@@ -103,7 +104,7 @@ class Visit:
         with self.context.shedder.bodies.request() as inner.state.body:
             return await spec.endpoint(inner)
 
-    async def call(self, operation: str, query: Query | None = None, **given: Any) -> Any:
+    async def call(self, operation: str, query: Query | None = None, **given: Any) -> JSON:
         """The document of an `answer`. Raises ApiError for an error, such as the upstream's."""
         response, pieces = await self.answer(operation, query, **given), list[bytes]()
 
@@ -111,14 +112,14 @@ class Visit:
             pieces.append(message.get("body", b""))
 
         await response(self.request.scope, self.request.receive, send)
-        content = b"".join(pieces)
+        document: JSON = json.loads(b"".join(pieces) or b"{}")
         if response.status_code < 400:
-            return json.loads(content) if content else None
-        error = json.loads(content)["error"]
+            return document
+        error = document["error"]
         status, code, message = response.status_code, error["code"], error["message"]
         raise ApiError(status, code, message, param=error["param"], task_id=error["task_id"])
 
-    async def list_of(self, operation: str, query: Query) -> tuple[Any, ApiError | None]:
+    async def list_of(self, operation: str, query: Query) -> tuple[JSON, ApiError | None]:
         """The document of a list, or an empty one with the error that refused the filter."""
         try:
             return await self.call(operation, query), None

@@ -84,8 +84,7 @@ async def events(request: Request) -> Response:
         place = after if last is None else last
         if place is None:  # a client that has the headers misses no event of later
             place = await store.read(outbox_end)
-        wanted = StreamFilter(owner, types, task_id)
-        return stream(request, context.tail, place, wanted, check_key)
+        return stream(request, place, StreamFilter(owner, types, task_id), check_key)
     stopping, wait_s = store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit, gone = query_limit(request), request.is_disconnected
     with ExitStack() as waiting:
@@ -105,18 +104,14 @@ async def events(request: Request) -> Response:
 
 
 def stream(
-    request: Request,
-    tail: Tail,
-    after: int,
-    wanted: StreamFilter,
-    check_key: Callable[[], Awaitable[object]],
+    request: Request, after: int, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
 ) -> Response:
     """`check_key` raises ApiError once the key is invalid. Too many streams raise 429 or 503."""
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=MEDIA_TYPE)
-    caller = caller_of(request)
-    share = context_of(request).shedder.streams.take(caller.owner, caller.key)
-    content = frames(tail, after, wanted, check_key)
+    caller, context = caller_of(request), context_of(request)
+    share = context.shedder.streams.take(caller.owner, caller.key)
+    content = frames(context.tail, after, wanted, check_key)
     return HoldingResponse(share, content, headers=HEADERS, media_type=MEDIA_TYPE)
 
 

@@ -12,7 +12,7 @@ from service.tasks.bulk import MOST, BulkPage, BulkResult, TaskFilter, act_on_pa
 from service.tasks.pause import PauseChange, change_pause, pause_document
 from service.web.acts import perform
 from service.web.auth import caller_of
-from service.web.bodies import milliseconds, query_owner, query_text, read_model
+from service.web.bodies import filter_of, query_owner, query_text, read_model
 from service.web.context import context_of, resources_of
 from service.web.list_page import query_limit
 from service.web.operator_schemas import (
@@ -89,18 +89,14 @@ async def resolve(request: Request) -> Response:
 
 async def _act(request: Request, act: str, body: BulkBody, *, resubmit: bool = False) -> Response:
     """Acts in pages. If the process dies in between, the same request goes on with the rest."""
-    store = resources_of(request).store
-    wanted = body.filter
-    since, until = milliseconds(wanted.since), milliseconds(wanted.until)
-    named = wanted.model_dump(exclude={"since", "until"})
-    chosen = TaskFilter(**named, since=since, until=until)
+    store, chosen = resources_of(request).store, TaskFilter(**filter_of(body.filter))
     count = await store.read(count_tasks, act, chosen)
     if count > MOST:
         message = f"filter: an act has at most {MOST} tasks, and more match: narrow it"
         raise invalid_request(message, "filter")
     if body.dry_run:
         return JSONResponse({"count": count, "done": None})
-    given = wanted.model_dump(mode="json", exclude_none=True)
+    given = body.filter.model_dump(mode="json", exclude_none=True)
     detail: JSON = {"filter": given, **({"resubmit": resubmit} if act == "resolve" else {})}
     page = partial(BulkPage, act, chosen, until=store.clock(), resubmit=resubmit)
     change = partial(perform, request, f"tasks.{act}", None, act_on_pages)

@@ -13,7 +13,7 @@ from service.events.replays import NewReplayRow
 from service.tasks.audit import unless
 from service.web.acts import perform
 from service.web.auth import caller_of
-from service.web.bodies import milliseconds, read_model
+from service.web.bodies import filter_of, milliseconds, read_model
 from service.web.context import resources_of
 from service.web.delivery_schemas import NewDeliveryReplay, NewReplay
 from service.web.routes.endpoint_routes import endpoint_of
@@ -43,11 +43,9 @@ async def create_by_filter(request: Request) -> Response:
     resources, caller = resources_of(request), caller_of(request)
     body = await read_model(request, NewDeliveryReplay)
     wanted = body.filter
-    since, until = milliseconds(wanted.since), milliseconds(wanted.until)
     if wanted.endpoint is not None:
         await endpoint_of(request, wanted.endpoint)
-    named = wanted.model_dump(exclude={"since", "until"})
-    chosen = DeliveryFilter(owner=caller.sees, since=since, until=until, **named)
+    chosen = DeliveryFilter(owner=caller.sees, **filter_of(wanted))
     count = await resources.store.read(count_selected, chosen)
     if count > MOST:
         message = f"filter: a replay has at most {MOST} deliveries, and more match: narrow it"
@@ -56,7 +54,8 @@ async def create_by_filter(request: Request) -> Response:
         return JSONResponse({"id": None, "count": count})
     only = "all" if wanted.state == "delivered" else "dead"
     types = [wanted.type or "*"]
-    extent = ReplayFilter(wanted.endpoint or "", caller.sees, since or 0, until, types, only)
+    since, until = chosen.since or 0, chosen.until
+    extent = ReplayFilter(wanted.endpoint or "", caller.sees, since, until, types, only)
     none = ReplayExtent(count, 0, 0)
     replay = NewReplayRow(resources.id("replay"), caller.owner, extent, none, chosen)
     act = "deliveries.replay", replay.id, replays.insert_replays, replay, DISABLED

@@ -11,9 +11,8 @@ from starlette.responses import Response, StreamingResponse
 
 from service.errors import ApiError, invalid_request
 from service.images.downloads import shown_image
+from service.strict_json import JSON
 from service.web.console.visits import View, Visit
-
-Document = dict[str, Any]
 
 TASKS_A_PAGE, MAX_SELECTED = 24, 100
 DOWNLOAD = "/console/gallery/pictures.zip"
@@ -22,7 +21,7 @@ DOWNLOAD = "/console/gallery/pictures.zip"
 async def gallery(visit: Visit) -> Response:
     """Pictures of completed tasks, newest first. `metadata` is `KEY=VALUE`."""
     query, error = visit.query, None
-    found: Document = {"data": [], "next_cursor": None}
+    found: JSON = {"data": [], "next_cursor": None}
     key, equals, value = query.get("metadata", "").partition("=")
     wanted = {name: query.get(name) for name in ("model", "prompt", "since", "until", "cursor")}
     wanted |= {f"metadata.{key}": value} if key and equals else {}
@@ -33,9 +32,8 @@ async def gallery(visit: Visit) -> Response:
         wanted["owner"] = visit.caller.owner
     try:
         if key and not equals:
-            raise invalid_request(
-                "metadata must be a key and a value, as in customer=7", "metadata"
-            )
+            message = "metadata must be a key and a value, as in customer=7"
+            raise invalid_request(message, "metadata")
         asked = {**wanted, "state": "completed", "limit": TASKS_A_PAGE}
         found = await visit.call("GET /v1/tasks", asked)
     except ApiError as refusal:
@@ -53,7 +51,7 @@ async def gallery(visit: Visit) -> Response:
     )
 
 
-def day_of(task: Document) -> str:
+def day_of(task: JSON) -> str:
     return f"{datetime.fromtimestamp(task['created'], UTC):%Y-%m-%d}"
 
 
@@ -63,7 +61,7 @@ async def large(visit: Visit) -> Response:
     return visit.render("gallery_picture.html", task=task, image=image)
 
 
-async def picture(visit: Visit, name: str) -> tuple[Document, Document]:
+async def picture(visit: Visit, name: str) -> tuple[JSON, JSON]:
     """A task of the caller's and its picture. `name` is `TASK/INDEX`. Raises ApiError."""
     task_id, _, index = name.partition("/")
     task = await visit.call("GET /v1/tasks/{task_id}", task_id=task_id)
@@ -97,8 +95,7 @@ async def zipped(visit: Visit, blobs: Sequence[tuple[str, str]]) -> AsyncIterato
     with zipfile.ZipFile(written, "w", zipfile.ZIP_STORED) as archive:
         for name, blob in blobs:
             with archive.open(name, "w", force_zip64=True) as member:
-                chunks = visit.context.resources.blobs.read(blob)
-                async for chunk in chunks:
+                async for chunk in visit.context.resources.blobs.read(blob):
                     member.write(chunk)
                     yield written.taken()
     yield written.taken()
@@ -114,9 +111,8 @@ class Written(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        piece = bytes(data)
-        self._pieces.append(piece)
-        return len(piece)
+        self._pieces.append(bytes(data))
+        return len(data)
 
     def taken(self) -> bytes:
         pieces, self._pieces = self._pieces, []

@@ -101,7 +101,7 @@ def decision(act: str, word: str) -> JSON:
     return {"as": word} if act == "resolve" else {}
 
 
-async def send(visit: Visit, act: str, body: JSON) -> Any:
+async def send(visit: Visit, act: str, body: JSON) -> JSON:
     return await visit.call(f"POST /v1/bulk/{act}", body=body)
 
 

@@ -81,8 +81,7 @@ async def send(visit: Visit, draft: Draft, key: str) -> JSON:
     if document is None:
         raise invalid_request(f"model: the catalogue has no model {draft.model[:100]!r}", "model")
     headers, body = {"idempotency-key": key}, body_of(draft, document)
-    task: JSON = await visit.call("POST /v1/images/generations", body=body, headers=headers)
-    return task
+    return await visit.call("POST /v1/images/generations", body=body, headers=headers)
 
 
 async def form_page(
@@ -148,10 +147,7 @@ def takes_images(document: JSON | None) -> bool:
 
 
 async def known_task(visit: Visit, task_id: str | None) -> JSON | None:
-    if not task_id:
-        return None
-    task: JSON = await visit.call("GET /v1/tasks/{task_id}", task_id=task_id)
-    return task
+    return await visit.call("GET /v1/tasks/{task_id}", task_id=task_id) if task_id else None
 
 
 def reference(value: str) -> JSON:

@@ -1,14 +1,12 @@
 """Spending: usage by day, model and owner, budgets, and the most expensive tasks."""
 
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
 
 from starlette.responses import Response
 
 from service.errors import ApiError
+from service.strict_json import JSON
 from service.web.console.visits import View, Visit
-
-Row = dict[str, Any]
 
 DAYS, DEAREST, MAX_BARS = 30, 10, 92
 
@@ -20,9 +18,8 @@ async def spending(visit: Visit) -> Response:
     if asked["from"] is None and asked["to"] is None:
         asked["from"] = f"{today - timedelta(DAYS - 1)}"
 
-    async def report(by: str, **more: int) -> Row:
-        found: Row = await visit.call("GET /v1/usage", {**asked, "by": by, **more})
-        return found
+    async def report(by: str, **more: int) -> JSON:
+        return await visit.call("GET /v1/usage", {**asked, "by": by, **more})
 
     try:
         days, models = await report("day"), await report("model")
@@ -45,7 +42,7 @@ async def spending(visit: Visit) -> Response:
     )
 
 
-def every_day(rows: list[Row], since: str | None, until: str) -> list[Row]:
+def every_day(rows: list[JSON], since: str | None, until: str) -> list[JSON]:
     """The rows, with one for each day between, for the last `MAX_BARS` days at the most."""
     found = {row["key"]: row for row in rows}
     if not found:
@@ -58,7 +55,7 @@ def every_day(rows: list[Row], since: str | None, until: str) -> list[Row]:
     return [found.get(day, {"key": day, "used": 0, "refunded": 0}) for day in reversed(days)]
 
 
-def net(row: Row) -> float:
+def net(row: JSON) -> float:
     cost: float = row["used"] - row["refunded"]
     return cost
 
