@@ -127,8 +127,7 @@ async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSO
     from service.web.key_schemas import NewKey
     from service.web.routes.key_routes import create_key
 
-    body = validated(NewKey, asked)
-    return await create_key(store, keyring, wall_clock(), body, acting(store))
+    return await create_key(store, keyring, wall_clock(), validated(NewKey, asked), acting(store))
 
 
 async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:

@@ -64,8 +64,7 @@ def events(
     query = {"type": ",".join(types or []) or None, "task": task, "limit": EVENTS_PAGE}
     if follow:
         query["wait"] = WAIT_S
-    client = api_client()
-    for found in event_pages(client, query, after, lambda last: follow and last != after):
+    for found in event_pages(api_client(), query, after, lambda last: follow and last != after):
         for event in found:
             put_json(event)
         if not follow and len(found) < EVENTS_PAGE:

@@ -34,8 +34,7 @@ def models(
 ) -> None:
     """Show the catalogue: the models with their limits and prices."""
     path = "/v1/catalogue" if name is None else f"/v1/catalogue/{segment(name)}"
-    client = api_client()
-    document = client.call("GET", path)
+    document = api_client().call("GET", path)
     if as_json:
         put_json(document)
     elif name is None:
@@ -108,8 +107,7 @@ def estimate(
     """Show what a submission will cost, without submitting it."""
     body: JSON = named({"prompt": prompt, "size": size, "n": n, "image_urls": image})
     put_all(body, field, "--set")
-    client = api_client()
-    cost = client.call("POST", "/v1/estimates", body=body | {"model": model})
+    cost = api_client().call("POST", "/v1/estimates", body=body | {"model": model})
     if as_json:
         put_json(cost)
     elif cost["credits"] is None:
@@ -129,8 +127,7 @@ def usage(
     if by not in GROUPS:
         raise typer.BadParameter(f"wants one of {', '.join(GROUPS)}", param_hint="--by")
     query: dict[str, Any] = named({"by": by, "from": since, "to": until, "owner": owner})
-    client = api_client()
-    report = client.call("GET", "/v1/usage", params=query)
+    report = api_client().call("GET", "/v1/usage", params=query)
     if as_json:
         put_json(report)
         return

@@ -112,8 +112,7 @@ def put_back(
         restored = prepare(store / DATABASE, key, manifest, settings, moved=moved)
         count = 0
         if manifest.images.kept_at is None:
-            lost = manifest.images.lost
-            count = copy_images(folder / IMAGES, images, store / DATABASE, lost)
+            count = copy_images(folder / IMAGES, images, store / DATABASE, manifest.images.lost)
         if (store / f"{DATABASE}-wal").exists():  # only the database file is renamed
             raise CommandFailed("the restored database could not be written out")
         os.sync()

@@ -1,6 +1,7 @@
 """Acts on one task, and the upstream's account, as a table like that of `verbs`."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -93,32 +94,32 @@ TASK_CHOICE = {
     "reason": REASON,
     "yes": Yes,
 }
+
+
+def bulk(help: str, request: str, takes: Mapping[str, Any]) -> Verb:
+    return Verb(help, request, takes, fields=by_filter, people=counted)
+
+
 BULK = {
-    "reconcile": Verb(
+    "reconcile": bulk(
         "Query the upstream about many tasks and fetch their missing images now.",
         "POST /v1/bulk/reconcile",
         TASK_CHOICE,
-        fields=by_filter,
-        people=counted,
     ),
-    "requeue": Verb(
+    "requeue": bulk(
         "Put dead-lettered queries and downloads of many tasks back into their queues.",
         "POST /v1/bulk/requeue",
         TASK_CHOICE,
-        fields=by_filter,
-        people=counted,
     ),
-    "resolve": Verb(
+    "resolve": bulk(
         "Settle many uncertain submissions by hand.",
         "POST /v1/bulk/resolve",
         {
             "decision": Annotated[str, option("failed, or resubmit.", "--as", metavar="DECISION")],
             **TASK_CHOICE,
         },
-        fields=by_filter,
-        people=counted,
     ),
-    "deliveries": Verb(
+    "deliveries": bulk(
         "Send many deliveries again, by default the failed ones.",
         "POST /v1/replays",
         {
@@ -130,7 +131,5 @@ BULK = {
             "until": Time,
             "yes": Yes,
         },
-        fields=by_filter,
-        people=counted,
     ),
 }

@@ -26,8 +26,7 @@ async def check_brokers(patient: Patient) -> dict[str, Finding]:
             found[f"broker {sink.name}"] = await durability(address)
         except Exception as error:  # noqa: BLE001 - each library has a tree of its own
             mend = "start the broker, or correct DARKROOM_SINKS: address, user, password"
-            said = f"the broker cannot be used: {told(error)}"
-            found[f"broker {sink.name}"] = fault(said, mend)
+            found[f"broker {sink.name}"] = fault(f"the broker cannot be used: {told(error)}", mend)
         finally:
             await sink.close()
     return found | await lags(patient)

@@ -89,8 +89,7 @@ def file_system(folder: Path) -> str:
     for line in MOUNTS.read_text().splitlines():
         before, _, after = line.partition(" - ")
         point = before.split()[4].encode().decode("unicode_escape")
-        inside = f"{folder}/".startswith(f"{point.rstrip('/')}/")
-        if inside and len(point) >= best:
+        if f"{folder}/".startswith(f"{point.rstrip('/')}/") and len(point) >= best:
             best, kind = len(point), after.split()[0]
     return kind
 

@@ -60,8 +60,7 @@ async def check_store_disk(patient: Patient) -> dict[str, Finding]:
     if kind not in NETWORK:
         return {"store_disk": ok(f"the store is on {kind}")}
     said = f"{path} is on a network file system ({kind}), where locks and syncs do not hold"
-    mend = "move DARKROOM_DATA_DIR to a local disk, or use PostgreSQL"
-    return {"store_disk": fault(said, mend)}
+    return {"store_disk": fault(said, "move DARKROOM_DATA_DIR to a local disk, or use PostgreSQL")}
 
 
 async def check_images(patient: Patient) -> dict[str, Finding]:
@@ -83,8 +82,7 @@ async def check_images(patient: Patient) -> dict[str, Finding]:
             await blobs.delete(name)
             findings["images"] = await room(blobs, settings.min_free_bytes)
     except (BlobUnavailable, TimeoutError) as error:
-        said = f"the image store takes no file: {told(error)}"
-        findings["images"] = fault(said, mend)
+        findings["images"] = fault(f"the image store takes no file: {told(error)}", mend)
     return findings
 
 
@@ -94,8 +92,7 @@ async def room(blobs: Blobs, least: int) -> Finding:
         return ok("the image store takes files")
     said = f"{free} bytes are free for images, and {least} must stay free"
     if free < least:
-        mend = "free space, or lower DARKROOM_MIN_FREE_BYTES: new submissions get 503"
-        return fault(said, mend)
+        return fault(said, "free space, or lower DARKROOM_MIN_FREE_BYTES: new submissions get 503")
     if free < 2 * least:
         return warning(said, "free space soon, or set DARKROOM_IMAGE_RETENTION_DAYS")
     return ok(said)

@@ -36,8 +36,7 @@ def query_limit(request: Request, name: str = "limit") -> int:
 
 def read_cursor(request: Request) -> Position | None:
     """The position after which the list continues. Clients treat it as opaque."""
-    such_as = "one that an answer gave"
-    text = query_text(request, "cursor", pattern=CURSOR, such_as=such_as)
+    text = query_text(request, "cursor", pattern=CURSOR, such_as="one that an answer gave")
     if text is None:
         return None
     time, _, id = text.partition(".")
@@ -89,8 +88,7 @@ def page_answer(request: Request, documents: list[bytes], **rest: object) -> Res
     begin, end = b'{"data":[', f"],{json.dumps(rest, separators=(',', ':'))[1:]}".encode()
     length = len(begin) + sum(map(len, documents)) + max(0, len(documents) - 1) + len(end)
     if length <= PIECE:
-        body = begin + b",".join(documents) + end
-        return Response(body, media_type="application/json")
+        return Response(begin + b",".join(documents) + end, media_type="application/json")
 
     async def pieces() -> AsyncIterator[bytes]:
         documents.reverse()

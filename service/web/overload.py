@@ -222,8 +222,7 @@ class LoadShedder:
     def _log_refused(self) -> None:
         self._logging = self._refused > 0
         if self._logging:
-            callbacks = self.gate.callbacks
-            log.warning("callback.overloaded", refused=self._refused, callbacks=callbacks)
+            log.warning("callback.overloaded", refused=self._refused, callbacks=self.gate.callbacks)
             self._refused = 0
             asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log_refused)
 

@@ -45,5 +45,4 @@ def document(key: bytes) -> JSON:
 async def public_keys(request: Request) -> Response:
     """Show the public keys that verify an endpoint's webhooks."""
     found = resources_of(request).keyring.public_keys(request.path_params["endpoint_id"])
-    keys = [document(key) for key in found]
-    return JSONResponse({"keys": keys}, headers=FRESH)
+    return JSONResponse({"keys": [document(key) for key in found]}, headers=FRESH)

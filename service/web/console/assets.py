@@ -43,7 +43,6 @@ async def asset(request: Request) -> Response:
     content = contents().get(name)
     if content is None:
         raise ApiError(404, "not_found", "nothing has that name")
-    current = request.path_params["version"] == version()
-    kept = FOREVER if current else "no-cache"
+    kept = FOREVER if request.path_params["version"] == version() else "no-cache"
     headers = {"Cache-Control": kept, "X-Content-Type-Options": "nosniff"}
     return tagged(request, content, TYPES[name[name.rfind(".") :]], headers)

@@ -128,8 +128,7 @@ def guarded_page(endpoint: Handler) -> Handler:
 
 
 def page_headers(request: Request, response: Response) -> dict[str, str]:
-    links = context_of(request).resources.links
-    parts = urlsplit(links.image_base_url or "")
+    parts = urlsplit(context_of(request).resources.links.image_base_url or "")
     images = f" {parts.scheme}://{parts.netloc}" if parts.netloc else ""
     policy = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

@@ -138,5 +138,4 @@ def add(form: FormFields, name: str, value: str) -> None:
 def check_token(request: Request, session: Session, form: FormFields) -> None:
     given = request.headers.get(CSRF_HEADER) or form.get(CSRF)
     if not hmac.compare_digest(given.encode(), session.csrf.encode()):
-        message = "the form is not of this session: load the page again"
-        raise ApiError(403, "csrf_failed", message)
+        raise ApiError(403, "csrf_failed", "the form is not of this session: load the page again")

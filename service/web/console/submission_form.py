@@ -63,8 +63,7 @@ def flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 def body_of(draft: Draft, document: JSON) -> JSON:
     """The submission. A field that has its default is left out. Raises ApiError with `param`."""
     body: JSON = {"model": draft.model}
-    fields = document["fields"]
-    for name, rule in fields.items():
+    for name, rule in document["fields"].items():
         value = value_of(name, rule, draft)
         if value is None or (value == rule["default"] and name != "size"):
             continue

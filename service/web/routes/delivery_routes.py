@@ -66,8 +66,7 @@ async def sent(request: Request) -> Response:
     if row is None or not is_sendable(row):
         raise nothing_to_send()
     url, headers, body = context.sender.signed_request(row)
-    shown = {"method": "POST", "url": url, "headers": headers, "body": body.decode()}
-    return JSONResponse(shown)
+    return JSONResponse({"method": "POST", "url": url, "headers": headers, "body": body.decode()})
 
 
 async def delivery(request: Request) -> Response:
@@ -87,14 +86,12 @@ async def retry(request: Request) -> Response:
 
 
 def nothing_to_send() -> ApiError:
-    message = "its event is no longer kept, or its endpoint is gone"
-    return ApiError(409, "nothing_to_send", message)
+    return ApiError(409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone")
 
 
 async def _document(request: Request) -> JSON:
     caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
-    store = resources_of(request).store
-    rows = await store.read(delivery_list, Selection(caller.sees, 1), where)
+    rows = await resources_of(request).store.read(delivery_list, Selection(caller.sees, 1), where)
     if not rows:
         raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
     return delivery_document(*rows[0], answers=caller.sees is None)

@@ -126,8 +126,7 @@ async def patch(request: Request) -> Response:
     if body.url is not None:
         await check_url(resources, body.url)
     types = None if body.types is None else tuple(body.types)
-    owner = caller_of(request).sees
-    values = id, owner, body.url, types, body.description, body.status
+    values = id, caller_of(request).sees, body.url, types, body.description, body.status
     options, headers = options_of(body), encrypted(resources, body)
     change = EndpointChange(*values, options=options, headers=headers)
     since = (await endpoint_of(request))["disabled_at"]
@@ -137,8 +136,7 @@ async def patch(request: Request) -> Response:
         return JSONResponse(document(resources, row))
     missed = ReplayFilter(id, row["owner"], since, None, (), "undelivered")
     extent = await resources.store.read(replay_extent, missed)
-    replay = {"since": rfc3339(since), "count": extent.count}
-    return JSONResponse(document(resources, row, replay))
+    return JSONResponse(document(resources, row, {"since": rfc3339(since), "count": extent.count}))
 
 
 async def delete(request: Request) -> Response:

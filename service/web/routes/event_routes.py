@@ -47,8 +47,7 @@ def sequence(text: str | None, param: str) -> int | None:
 def event_types(request: Request) -> list[str]:
     types = [type for type in ",".join(request.query_params.getlist("type")).split(",") if type]
     if len(types) > MAX_TYPES:
-        message = f"type names at most {MAX_TYPES} types, not {len(types)}"
-        raise invalid_request(message, "type")
+        raise invalid_request(f"type names at most {MAX_TYPES} types, not {len(types)}", "type")
     found = []
     for pattern in types:
         try:

@@ -59,8 +59,7 @@ async def kept_part(
                 upload = UploadForm(parts)
                 return await files.keep(owner, upload.name, upload.file(), rule, flatten=flatten)
     except (TimeoutError, ClientDisconnect):
-        message = f"the body was not complete after {UPLOAD_S:g} s"
-        raise ApiError(408, "timeout", message) from None
+        raise ApiError(408, "timeout", f"the body was not complete after {UPLOAD_S:g} s") from None
     except ValueError as error:
         media = "multipart/form-data" in str(error)
         status, code = (415, "unsupported_media_type") if media else (400, "invalid_request")
@@ -115,8 +114,7 @@ async def bounded(
 ) -> AsyncGenerator[bytes, None]:
     """The body of a form with a file of at most so many bytes. Raises ApiError 413."""
     size, shedder, body = 0, context_of(request).shedder, request.state.body
-    reading = shedder.bodies.arriving(body, *reader_of(request), timer)
-    with shedder.idle(), reading:
+    with shedder.idle(), shedder.bodies.arriving(body, *reader_of(request), timer):
         async for chunk in request.stream():
             size += len(chunk)
             if size > most + AROUND:

@@ -46,12 +46,10 @@ async def create_key(
         await acting("budget.set", owner, set_budget)(set_budgets, budget)
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     id, hint, secret = new_id("key", now), key[:HINT_CHARS], new_secret(os.urandom(32))
-    encrypted = keyring.encrypt(secret)
-    stored = StoredKey(id, owner, hash_api_key(key), hint, tuple(scopes), encrypted)
+    stored = StoredKey(id, owner, hash_api_key(key), hint, tuple(scopes), keyring.encrypt(secret))
     made: JSON = {"owner": owner, "scopes": list(scopes)}
     first = await acting("key.create", id, made)(insert_keys, stored)
-    rows = await store.read(owner_keys.key_list)
-    row = next(row for row in rows if row["id"] == id)
+    row = next(row for row in await store.read(owner_keys.key_list) if row["id"] == id)
     shown_once = {"key": key, "callback_secret": secret if first else None}
     return {**shown(row), **shown_once, "budget": set_budget}
 

@@ -60,8 +60,7 @@ def spec(
     path, _, query = url.partition("?")
     parameters = tuple(query.split("&")) if query else ()
     status = status or (204 if method == "DELETE" else 200)
-    needs = tuple(scopes.split())
-    return Spec(method, path, endpoint, needs, answer, body, parameters, status)
+    return Spec(method, path, endpoint, tuple(scopes.split()), answer, body, parameters, status)
 
 
 def check_query(request: Request, spec: Spec) -> None:

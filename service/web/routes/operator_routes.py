@@ -58,8 +58,7 @@ async def audit(request: Request) -> Response:
     limit, where = query_limit(request), {"owner": query_owner(request)}
     where |= {name: query_text(request, name) for name in ("action", "target")}
     after = query_text(request, "after", pattern=ACT_ID, such_as="the id of an entry")
-    store = resources_of(request).store
-    rows = await store.read(audit_entries, after, limit + 1, where)
+    rows = await resources_of(request).store.read(audit_entries, after, limit + 1, where)
     if rows is None:
         raise ApiError(404, "entry_not_found", "after: no entry has that id", param="after")
     cursor = rows[limit - 1]["id"] if len(rows) > limit else None

@@ -81,8 +81,7 @@ async def _keep_fetched(request: Request) -> FileRow:
 
 
 def not_fetched(reason: str) -> ApiError:
-    message = f"file_url cannot be fetched: {reason}"
-    return ApiError(400, "not_fetched", message, param="file_url")
+    return ApiError(400, "not_fetched", f"file_url cannot be fetched: {reason}", param="file_url")
 
 
 async def _answered(request: Request, keep: Callable[[Request], Awaitable[FileRow]]) -> Response:

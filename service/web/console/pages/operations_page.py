@@ -46,8 +46,7 @@ TONES = {"ok": "delivered", "warning": "paused", "fault": "dead", "skipped": "qu
 
 
 async def operations(visit: Visit) -> Response:
-    state = await visit.call("GET /v1/submission")
-    return visit.render("operations.html", state=state, bulk=BULK)
+    return visit.render("operations.html", state=await visit.call("GET /v1/submission"), bulk=BULK)
 
 
 async def ask_pause(visit: Visit, error: ApiError | None = None) -> Response:
@@ -106,8 +105,7 @@ async def send(visit: Visit, act: str, body: JSON) -> JSON:
 
 
 async def audit(visit: Visit) -> Response:
-    names = ("owner", "action", "target", "after")
-    asked = {name: visit.query.get(name) for name in names}
+    asked = {name: visit.query.get(name) for name in ("owner", "action", "target", "after")}
     found, error = await visit.list_of("GET /v1/audit", {**asked, "limit": 100})
     return visit.render(
         "audit.html",
