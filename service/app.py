@@ -84,37 +84,23 @@ def stages(
     """The workers' stages, in the order of the data."""
     called, ttl_s = settings.callback_url is not None, settings.evolink_task_ttl_s
     plan = QueryPlan(called, settings.reconcile_after_s, resources.random, ttl_s)
-    submitter = SubmitWorker(
-        resources,
-        plan,
-        breaker,
-        settings.submit_schedule,
-        settings.submit_timeout_s,
-        settings.submit_give_up_s,
-        settings.uncertain,
-        settings.uncertain_after_s,
-        settings.evolink_result_ttl_s,
-        pause,
-    )
-    settler = ConfirmWorker(
-        resources,
-        plan,
-        settings.evolink_confirm == "always",
-        settings.evolink_task_ttl_s,
-        settings.evolink_result_ttl_s,
-        settings.no_results_after_s,
-    )
+    calls = settings.submit_schedule, settings.submit_timeout_s, settings.submit_give_up_s
+    doubt = settings.uncertain, settings.uncertain_after_s
+    links_s, patience_s = settings.evolink_result_ttl_s, settings.no_results_after_s
+    submitter = SubmitWorker(resources, plan, breaker, *calls, *doubt, links_s, pause)
+    confirms = settings.evolink_confirm == "always"
+    settler = ConfirmWorker(resources, plan, confirms, ttl_s, links_s, patience_s)
     limits = settings.max_image_bytes, settings.min_free_bytes
     downloader = DownloadWorker(resources, validator, settings.download_schedule, *limits)
     sender = WebhookSender(resources, settings.delivery_timeout_s)
     deliverer = DeliveryWorker(
         sender, settings.delivery_schedule, settings.endpoint_disable_after_s
     )
-    calls, downloads = settings.evolink_concurrency, settings.download_concurrency
+    places, downloads = settings.evolink_concurrency, settings.download_concurrency
     return [
-        Stage("submit", calls, submitter.run, dead_letter_task),
-        Stage("settle", calls, settler.run, dead_letter_task, rows=tasks_by_id),
-        Stage("reconcile", calls, settler.run, dead_letter_task),
+        Stage("submit", places, submitter.run, dead_letter_task),
+        Stage("settle", places, settler.run, dead_letter_task, rows=tasks_by_id),
+        Stage("reconcile", places, settler.run, dead_letter_task),
         Stage("download", downloads, downloader.run, dead_letter_image, rows=images_and_origins),
         Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
         Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
@@ -193,19 +179,13 @@ def make_context(
     pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
     days, least = settings.file_retention_days, settings.min_free_bytes
     files = InputFiles(resources, validator, days, least, settings.max_image_bytes)
+    unpriced, inputs = settings.unpriced == "allow", InputResolver(files, catalogue)
+    intake_options = settings.log_prompts, inputs, unpriced
     sessions = Sessions(resources.keyring, resources.clock, settings.base_url)
     return Context(
         resources=resources,
         sender=WebhookSender(resources, settings.delivery_timeout_s),
-        intake=TaskIntake(
-            resources,
-            catalogue,
-            settings.callback_url,
-            least,
-            settings.log_prompts,
-            InputResolver(files, catalogue),
-            settings.unpriced == "allow",
-        ),
+        intake=TaskIntake(resources, catalogue, settings.callback_url, least, *intake_options),
         files=files,
         tail=Tail(resources.store, resources.links),
         gate=gate,

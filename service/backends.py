@@ -199,7 +199,7 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         inputs = await egress(
             Rules("inputs", settings.task_callback_networks, redirects=RESULT_REDIRECTS)
         )
-        called = call_recorder(metrics)
+        called, key = call_recorder(metrics), upstream_key(settings)
         yield Resources(
             store=store,
             task_id_prefix=settings.task_id_prefix,
@@ -213,7 +213,7 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             endpoints=endpoints,
             task_callbacks=task_callbacks,
             inputs=inputs,
-            file_api=open_file_api(settings, upstream, called),
+            file_api=FileApi(upstream, settings.files_url, key, settings.submit_timeout_s, called),
             keyring=keyring,
             metrics=metrics,
             links=Links(settings.base_url, settings.image_base_url),
@@ -257,30 +257,20 @@ def call_recorder(metrics: Metrics) -> Callable[[UpstreamCall], None]:
     return called
 
 
-def open_file_api(
-    settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
-) -> FileApi:
-    key = settings.evolink_api_key
-    return FileApi(
-        egress,
-        settings.files_url,
-        key.get_secret_value() if key else "",
-        settings.submit_timeout_s,
-        called,
-    )
+def upstream_key(settings: Settings) -> str:
+    return settings.evolink_api_key.get_secret_value() if settings.evolink_api_key else ""
 
 
 def open_upstreams(
     settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
 ) -> dict[str, Upstream]:
     """The upstreams by name. `catalogue.upstream_for` says which models each serves."""
-    key = settings.evolink_api_key
+    address = settings.evolink_base_url, upstream_key(settings)
+    timeouts = settings.submit_timeout_s, settings.query_timeout_s
     evolink = EvoLink(
         egress,
-        settings.evolink_base_url,
-        key.get_secret_value() if key else "",
-        settings.submit_timeout_s,
-        settings.query_timeout_s,
+        *address,
+        *timeouts,
         called,
         # An image in the response is a third longer as text.
         max_bytes=OTHER_BYTES + INLINE_IMAGES * settings.max_image_bytes * 4 // 3,

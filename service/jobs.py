@@ -22,13 +22,8 @@ Job = Coroutine[Any, Any, None]
 
 
 def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
-    retention = Retention(
-        resources,
-        settings.retention_days,
-        settings.image_retention_days,
-        settings.audit_retention_days,
-        resources.store.clock,
-    )
+    days = settings.retention_days, settings.image_retention_days, settings.audit_retention_days
+    retention = Retention(resources, *days, resources.store.clock)
     jobs: dict[str, Callable[[], Awaitable[object]]] = {
         "sweep": partial(sweep, resources),
         "retention": retention.apply,

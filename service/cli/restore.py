@@ -192,12 +192,9 @@ def prepare(
     logging.configure("console", "warning", sys.stderr)
     check_database(database, "the backup's database")
     keyring = Keyring(secret_keys(settings.model_copy(update={"data_dir": key})))
-    restoration = Restoration(
-        milliseconds(manifest),
-        round(settings.uncertain_after_s * 1000),
-        round(settings.submit_give_up_s * 1000),
-        moved,
-    )
+    uncertain_ms = round(settings.uncertain_after_s * 1000)
+    give_up_ms = round(settings.submit_give_up_s * 1000)
+    restoration = Restoration(milliseconds(manifest), uncertain_ms, give_up_ms, moved)
     copy = {"database_url": f"sqlite:///{database}", "migrate": "on"}
 
     async def prepared() -> "Restored":

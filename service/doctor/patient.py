@@ -99,16 +99,9 @@ async def living(
     settings: Settings, resources: Resources, workers: bool, *, calls: bool
 ) -> AsyncIterator[Patient]:
     async with probing(settings) as egress:
-        yield Patient(
-            settings,
-            resources.upstreams[DEFAULT_UPSTREAM],
-            egress,
-            resources.store,
-            resources.blobs,
-            resources.keyring,
-            workers,
-            calls,
-        )
+        opened = resources.store, resources.blobs, resources.keyring
+        upstream = resources.upstreams[DEFAULT_UPSTREAM]
+        yield Patient(settings, upstream, egress, *opened, workers, calls)
 
 
 async def opened_store(settings: Settings, stack: AsyncExitStack) -> BatchingStore | Finding:

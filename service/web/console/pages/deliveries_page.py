@@ -60,8 +60,7 @@ async def deliveries(visit: Visit) -> Response:
         groups=(await optional(visit, "GET /v1/deliveries/groups"))[:20]
         if part in (None, "groups")
         else [],
-        deliveries=found["data"],
-        cursor=found["next_cursor"],
+        found=found,
         count=count,
         what=what(choice),
         ask=link(f"{REPLAY}/new", {name: query.get(name) for name in CHOICE}),

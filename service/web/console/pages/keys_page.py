@@ -6,22 +6,11 @@ from service.errors import ApiError
 from service.web.auth import SCOPES
 from service.web.console.visits import View, Visit
 
-PERIODS = ("day", "month", "total")
-
 
 async def keys(visit: Visit, made: object = None, error: ApiError | None = None) -> Response:
     """The list and the form. `made` is a new key with its secrets, which this page alone shows."""
     found = await visit.call("GET /v1/keys", {**visit.query, "limit": 50})
-    return visit.render(
-        "keys.html",
-        keys=found["data"],
-        cursor=found["next_cursor"],
-        made=made,
-        error=error,
-        form=visit.form,
-        scopes=SCOPES,
-        periods=PERIODS,
-    )
+    return visit.render("keys.html", error=error, found=found, made=made, scopes=SCOPES)
 
 
 def number(text: str) -> float | str:

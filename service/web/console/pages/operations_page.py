@@ -51,7 +51,7 @@ async def operations(visit: Visit) -> Response:
 
 async def ask_pause(visit: Visit, error: ApiError | None = None) -> Response:
     state = await visit.call("GET /v1/submission")
-    return visit.render("pause.html", state=state, error=error, form=visit.form)
+    return visit.render("pause.html", state=state, error=error)
 
 
 async def change_pause(visit: Visit) -> Response:
@@ -74,16 +74,8 @@ async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
             count = (await send(visit, act, body | decision(act, "failed")))["count"]
     except ApiError as refused:
         error = refused
-    return visit.render(
-        "bulk_act.html",
-        act=act,
-        title=title,
-        about=about,
-        choice=choice,
-        count=count,
-        fields=FIELDS,
-        error=error,
-    )
+    values: JSON = {"act": act, "title": title, "about": about, "choice": choice, "count": count}
+    return visit.render("bulk_act.html", error=error, fields=FIELDS, **values)
 
 
 async def act_in_bulk(visit: Visit) -> Response:
@@ -107,13 +99,7 @@ async def send(visit: Visit, act: str, body: JSON) -> JSON:
 async def audit(visit: Visit) -> Response:
     asked = {name: visit.query.get(name) for name in ("owner", "action", "target", "after")}
     found, error = await visit.list_of("GET /v1/audit", {**asked, "limit": 100})
-    return visit.render(
-        "audit.html",
-        acts=found["data"],
-        after=found["next_cursor"],
-        fields=AUDIT_FIELDS,
-        error=error,
-    )
+    return visit.render("audit.html", error=error, found=found, fields=AUDIT_FIELDS)
 
 
 async def doctor(visit: Visit) -> Response:

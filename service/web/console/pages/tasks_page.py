@@ -91,14 +91,8 @@ async def tasks(visit: Visit) -> Response:
         wanted[f"metadata.{query['key']}"] = query.get("value", "")
     admin = "admin" in visit.caller.scopes
     found, error = await visit.list_of("GET /v1/tasks", {**wanted, "limit": PAGE})
-    return visit.render(
-        "tasks.html",
-        tasks=found["data"],
-        cursor=found["next_cursor"],
-        fields=filter_fields(admin=admin),
-        admin=admin,
-        error=error,
-    )
+    fields = filter_fields(admin=admin)
+    return visit.render("tasks.html", error=error, found=found, fields=fields, admin=admin)
 
 
 async def optional(
