@@ -47,7 +47,7 @@ class Spec:
         return " ".join((self.endpoint.__doc__ or "").split()).removesuffix(".")
 
 
-def spec(
+def row(
     operation: str,
     endpoint: Handler,
     scopes: str,
@@ -55,7 +55,7 @@ def spec(
     body: Model | None = None,
     status: int | None = None,
 ) -> Spec:
-    """A Spec in short notation: spaces separate scopes, and `?` and `&` parameters."""
+    """A row of the table, in short notation: spaces separate scopes, and `?` and `&` parameters."""
     method, _, url = operation.partition(" ")
     path, _, query = url.partition("?")
     parameters = tuple(query.split("&")) if query else ()

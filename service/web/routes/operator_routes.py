@@ -26,7 +26,7 @@ from service.web.operator_schemas import (
     SubmissionState,
 )
 from service.web.parameters import ACT_ID
-from service.web.routes.operation import spec
+from service.web.routes.operation import row
 
 
 async def submission(request: Request) -> Response:
@@ -115,11 +115,11 @@ def judged(result: BulkResult) -> tuple[str, JSON]:
 
 
 OPERATIONS = (
-    spec("POST /v1/bulk/reconcile", reconcile, "admin", BulkDone, BulkAct),
-    spec("POST /v1/bulk/requeue", requeue, "admin", BulkDone, BulkAct),
-    spec("POST /v1/bulk/resolve", resolve, "admin", BulkDone, BulkResolution),
-    spec("GET /v1/submission", submission, "admin", SubmissionState),
-    spec("POST /v1/submission", set_submission, "admin", SubmissionState, SubmissionChange),
-    spec("GET /v1/doctor", doctor, "admin", Examination),
-    spec("GET /v1/audit?owner&action&target&after&limit", audit, "admin", RecordedActList),
+    row("POST /v1/bulk/reconcile", reconcile, "admin", BulkDone, BulkAct),
+    row("POST /v1/bulk/requeue", requeue, "admin", BulkDone, BulkAct),
+    row("POST /v1/bulk/resolve", resolve, "admin", BulkDone, BulkResolution),
+    row("GET /v1/submission", submission, "admin", SubmissionState),
+    row("POST /v1/submission", set_submission, "admin", SubmissionState, SubmissionChange),
+    row("GET /v1/doctor", doctor, "admin", Examination),
+    row("GET /v1/audit?owner&action&target&after&limit", audit, "admin", RecordedActList),
 )
