@@ -93,17 +93,15 @@ def stages(
     limits = settings.max_image_bytes, settings.min_free_bytes
     downloader = DownloadWorker(resources, validator, settings.download_schedule, *limits)
     sender = WebhookSender(resources, settings.delivery_timeout_s)
-    deliverer = DeliveryWorker(
-        sender, settings.delivery_schedule, settings.endpoint_disable_after_s
-    )
+    delivery = DeliveryWorker(sender, settings.delivery_schedule, settings.endpoint_disable_after_s)
     places, downloads = settings.evolink_concurrency, settings.download_concurrency
     return [
         Stage("submit", places, submitter.run, dead_letter_task),
         Stage("settle", places, settler.run, dead_letter_task, rows=tasks_by_id),
         Stage("reconcile", places, settler.run, dead_letter_task),
         Stage("download", downloads, downloader.run, dead_letter_image, rows=images_and_origins),
-        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
-        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
+        Stage("deliver", DELIVERIES, delivery.run, dead_letter_delivery, shared=True),
+        Stage("redeliver", REDELIVERIES, delivery.run, dead_letter_delivery, shared=True),
         Stage("replay", REPLAYS, ReplayWorker(resources).run, dead_letter_replay),
     ]
 

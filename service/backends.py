@@ -23,7 +23,7 @@ from service.net.egress_client import Egress, Rules
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id
-from service.setting_types import SECRET_KEY_BYTES, Networks, keys_of
+from service.setting_types import KEY_BYTES, Networks, keys_of
 from service.settings import Settings
 from service.signing import Keyring
 from service.tasks import owner_keys
@@ -89,7 +89,7 @@ def secret_keys(settings: Settings) -> list[bytes]:
         return keys_of(settings.secret_key.get_secret_value())
     if not settings.sqlite_path:
         raise ConfigurationError(
-            f"DARKROOM_SECRET_KEY is required with PostgreSQL: {SECRET_KEY_BYTES} bytes or more,"
+            f"DARKROOM_SECRET_KEY is required with PostgreSQL: {KEY_BYTES} bytes or more,"
             " the same in every process. `openssl rand -hex 32` makes one"
         )
     path = settings.key_file
@@ -105,8 +105,7 @@ def secret_keys(settings: Settings) -> list[bytes]:
         ) from None
     except ValueError:
         raise ConfigurationError(
-            f"{path} should hold comma-separated keys of at least {SECRET_KEY_BYTES} bytes each,"
-            " in ASCII"
+            f"{path} should hold comma-separated keys of at least {KEY_BYTES} bytes each, in ASCII"
         ) from None
 
 

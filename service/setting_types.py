@@ -15,7 +15,7 @@ from service.events.broker_addresses import SinkAddress, distinct, sink_address,
 from service.variables import PREFIX
 
 ADMIN_KEY_CHARS = 16
-SECRET_KEY_BYTES = 32
+KEY_BYTES = 32
 TEN_YEARS_S = 10 * 366 * 86_400
 
 VISIBLE = re.compile(r"[!-~]+")
@@ -168,10 +168,8 @@ def request_rate(value: str) -> str:
 def keys_of(text: str) -> list[bytes]:
     """The comma-separated keys of a secret. ValueError if one is short."""
     keys = [part.strip().encode() for part in text.split(",")]
-    if any(len(key) < SECRET_KEY_BYTES for key in keys):
-        raise ValueError(
-            f"should be comma-separated keys of at least {SECRET_KEY_BYTES} bytes each"
-        )
+    if any(len(key) < KEY_BYTES for key in keys):
+        raise ValueError(f"should be comma-separated keys of at least {KEY_BYTES} bytes each")
     return keys
 
 

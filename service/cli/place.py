@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.models import OptionInfo
 
-from service.cli.output import option
+from service.cli.output import Text, option
 from service.variables import ENV_FILE, PREFIX, is_setting, tidy, variables_of
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -20,9 +20,7 @@ SIMPLE_KEY = re.compile(r"[!-~]+")
 LOCAL = "--local"
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 EVERYWHERE = ("0.0.0.0", "::", "localhost")  # noqa: S104 - compared, not listened on
-Url = Annotated[
-    str | None, option("The service, in place of DARKROOM_URL.", "--url", metavar="URL")
-]
+Url = Annotated[Text, option("The service, in place of DARKROOM_URL.", "--url", metavar="URL")]
 Local = Annotated[
     bool, option("The service or store of the settings here, in place of DARKROOM_URL.", LOCAL)
 ]

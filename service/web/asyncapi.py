@@ -99,9 +99,7 @@ def message(name: str, content_type: str, schema: str) -> JSON:
 
 
 def signed(message: JSON) -> JSON:
-    headers = {
-        header: {"type": "string", "description": about} for header, about in HEADERS.items()
-    }
+    headers = {name: {"type": "string", "description": about} for name, about in HEADERS.items()}
     schema = {"type": "object", "required": list(headers), "properties": headers}
     return {**message, "headers": schema}
 

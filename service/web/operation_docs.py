@@ -145,9 +145,7 @@ def refused(status: str, schema: JSON, headers: JSON) -> JSON:
 
 
 def usual_refusals() -> JSON:
-    return {
-        status: refused(status, reference("Error"), HEADERS.get(status, {})) for status in REASONS
-    }
+    return {each: refused(each, reference("Error"), HEADERS.get(each, {})) for each in REASONS}
 
 
 # What an item of an answer fills: parameters of other operations, each with the place of its value.

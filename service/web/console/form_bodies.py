@@ -76,10 +76,8 @@ async def limited(request: Request, most: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-async def urlencoded(
-    request: Request, session: Session, chunks: AsyncIterator[bytes]
-) -> FormFields:
-    text = b"".join([chunk async for chunk in chunks]).decode("ascii")
+async def urlencoded(request: Request, session: Session, body: AsyncIterator[bytes]) -> FormFields:
+    text = b"".join([chunk async for chunk in body]).decode("ascii")
     pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
     form = FormFields()
     for name, value in pairs:
@@ -92,9 +90,8 @@ async def multipart(
     request: Request, session: Session, chunks: AsyncIterator[bytes], keep: Keep
 ) -> FormFields:
     form = FormFields()
-    async with aclosing(
-        MultipartForm(request.headers.get("content-type", ""), chunks).parts()
-    ) as parts:
+    body = MultipartForm(request.headers.get("content-type", ""), chunks)
+    async with aclosing(body.parts()) as parts:
         async for part in parts:
             if part.name == CSRF:
                 add(form, CSRF, await text_of(part))

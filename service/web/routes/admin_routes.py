@@ -17,9 +17,8 @@ async def resolve(request: Request) -> Response:
     task, _ = await known_task(request)
     body = await read_model(request, Resolution)
     resolution = TaskResolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
-    refused = await perform(
-        request, "task.resolve", task.id, resolve_tasks, resolution, unless_refused
-    )
+    act = "task.resolve", task.id, resolve_tasks, resolution, unless_refused
+    refused = await perform(request, *act)
     if refused == "taken":
         message, param = "another task has this upstream_id", "upstream_id"
         raise ApiError(409, "id_taken", message, param=param, task_id=task.id)

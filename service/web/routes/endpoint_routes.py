@@ -90,9 +90,8 @@ async def create(request: Request) -> Response:
     if not await perform(request, *act):
         message = f"an owner has at most {most} endpoints (DARKROOM_MAX_ENDPOINTS)"
         raise ApiError(422, "too_many_endpoints", message)
-    return JSONResponse(
-        {**document(resources, await endpoint_of(request, id)), "secret": secret}, 201
-    )
+    row = await endpoint_of(request, id)
+    return JSONResponse({**document(resources, row), "secret": secret}, 201)
 
 
 async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:

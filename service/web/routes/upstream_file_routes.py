@@ -26,6 +26,7 @@ MAX_JSON = 16 << 20  # bytes: a file of 10 MB in base64
 MAX_FILES = 1_000_000  # shown only: clients compute with the numbers of a quota
 FETCH_S = 30.0
 TOO_LARGE, WRONG_FILE, NOT_FETCHED = 40001, 40002, 40004
+CODES = {"file_too_large": TOO_LARGE, "body_too_large": TOO_LARGE, "not_fetched": NOT_FETCHED}
 
 
 async def stream(request: Request) -> Response:
@@ -90,12 +91,7 @@ async def _answered(request: Request, keep: Callable[[Request], Awaitable[FileRo
     except ApiError as error:
         if error.status >= 500 or error.status == 408:
             raise
-        codes = {
-            "file_too_large": TOO_LARGE,
-            "body_too_large": TOO_LARGE,
-            "not_fetched": NOT_FETCHED,
-        }
-        code = codes.get(error.code, WRONG_FILE if error.param else error.status)
+        code = CODES.get(error.code, WRONG_FILE if error.param else error.status)
         document = {"success": False, "code": code, "msg": error.message, "data": None}
         return JSONResponse(document, error.status)
 

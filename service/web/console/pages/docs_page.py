@@ -61,10 +61,8 @@ def groups(paths: JSON) -> dict[str, list[JSON]]:
 
 def rows_of(schema: JSON) -> list[JSON]:
     required = schema.get("required", ())
-    properties = schema.get("properties", {})
-    return [
-        {"name": name, "required": name in required, **each} for name, each in properties.items()
-    ]
+    fields = schema.get("properties", {})
+    return [{"name": name, "required": name in required, **each} for name, each in fields.items()]
 
 
 def type_of(schema: JSON) -> list[tuple[str, str | None]]:

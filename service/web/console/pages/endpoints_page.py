@@ -167,9 +167,7 @@ async def replay_missed(visit: Visit) -> Response:
     return visit.redirect(f"/console/deliveries/replays/{made['id']}", text)
 
 
-async def sample(
-    visit: Visit, error: ApiError | None = None, attempt: JSON | None = None
-) -> Response:
+async def sample(visit: Visit, error: ApiError | None = None, sent: JSON | None = None) -> Response:
     found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
     data = visit.form.get("data") or json.dumps(SAMPLE, indent=2)
     return visit.render(
@@ -177,7 +175,7 @@ async def sample(
         error=error,
         endpoint=found,
         data=data,
-        attempt=attempt,
+        attempt=sent,
         types=(TEST_TYPE, *EVENT_TYPES),
         type=visit.form.get("type") or TEST_TYPE,
     )
@@ -192,7 +190,7 @@ async def send_sample(visit: Visit) -> Response:
         return await sample(visit, invalid_request(f"The sample is no JSON: {error}"))
     except ApiError as error:
         return await sample(visit, error)
-    return await sample(visit, attempt=attempt)
+    return await sample(visit, sent=attempt)
 
 
 VIEWS = (

@@ -49,9 +49,7 @@ def every_day(rows: list[JSON], since: str | None, until: str) -> list[JSON]:
         return []
     last = max(date.fromisoformat(until[:10]), date.fromisoformat(max(found)))
     first = date.fromisoformat((since or min(found))[:10])
-    days = [
-        f"{last - timedelta(number)}" for number in range(min((last - first).days + 1, MAX_BARS))
-    ]
+    days = [f"{last - timedelta(back)}" for back in range(min((last - first).days + 1, MAX_BARS))]
     return [found.get(day, {"key": day, "used": 0, "refunded": 0}) for day in reversed(days)]
 
 
