@@ -18,9 +18,7 @@ HOLDER: ContextVar[str] = ContextVar("holder", default="")
 
 
 def has_share(used: int, free: int, rest: int = 1) -> bool:
-    """Whether a holder of so many places may take another one: it has one for each `rest` that stay
-    free, and one in any case.
-    """
+    """Whether a holder may take another place: one for each `rest` free ones, or the first."""
     return rest * used < free
 
 

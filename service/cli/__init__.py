@@ -1,7 +1,4 @@
-"""The program `darkroom`: its commands.
-
-Client commands find a service as `place` says. A command imports heavy modules when it runs.
-"""
+"""The program `darkroom`: its commands. A command imports heavy modules when it runs."""
 
 import os
 from collections.abc import Callable

@@ -21,9 +21,7 @@ FLATTENING = "An upload with ?flatten=white", "darkroom files upload --flatten"
 
 
 class CommandFailed(DarkroomError):
-    """The command failed. The text is its one line on standard error. `error`: the fields that
-    `--json` shows, by default those of a failure without the API.
-    """
+    """The text is the one line on standard error. `error`: the fields that `--json` shows."""
 
     code = "failed"
 
@@ -70,10 +68,7 @@ class ApiClient:
         body: JSON | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> JSON:
-        """The response's JSON object, {} for 204. CommandFailed says why there is none.
-
-        Parameters that are None are left out of the query.
-        """
+        """The JSON object, {} for 204, or CommandFailed. Parameters that are None are left out."""
         query = {name: value for name, value in (params or {}).items() if value is not None}
         return self._document(self._send(method, path, params=query, body=body, headers=headers))
 

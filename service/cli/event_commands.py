@@ -1,6 +1,4 @@
-"""`darkroom events`, and `darkroom listen`: forwards events to a program, signed as webhooks. Both
-follow the events while the service comes and goes.
-"""
+"""`darkroom events` and `darkroom listen`, which follow the events while a service restarts."""
 
 import os
 import time

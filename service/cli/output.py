@@ -1,7 +1,4 @@
-"""The output of commands: JSON for programs, fields and columns for people.
-
-Text from a service is shown without control characters.
-"""
+"""The output of commands: JSON for programs, fields and columns for people."""
 
 import json
 import sys

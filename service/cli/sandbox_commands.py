@@ -178,10 +178,7 @@ def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":
 
 
 def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -> "Settings":
-    """The settings of `serve --sandbox`.
-
-    The store is in a folder of its own, so that no real task is ever queried at a sandbox.
-    """
+    """The settings of `serve --sandbox`, with a store apart from that of real tasks."""
     from service.settings import load_settings
 
     people = terminal() and "log_format" not in settings.model_fields_set

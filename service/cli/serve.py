@@ -115,10 +115,7 @@ def start(role: "Role", given: dict[str, Any]) -> None:
 
 
 def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settings, socket.socket]":
-    """The listening socket, and the settings with its real address.
-
-    A socket that the parent process hands over wins over a new one.
-    """
+    """The socket, by preference the parent process's, and the settings with its address."""
     import os
     import socket
 

@@ -100,9 +100,7 @@ def has_ended(task: JSON) -> bool:
 
 
 def estimated(client: ApiClient, order: JSON) -> str | None:
-    """The estimate of a submission in words, printed at once on a terminal, with the place. None:
-    no answer. The submission itself reports what is wrong with it.
-    """
+    """The estimate in words, which a terminal shows at once, with the place. None: no answer."""
     remark(f"at {client.at}")
     try:
         cost = client.call("POST", "/v1/estimates", body=order)

@@ -39,9 +39,7 @@ VALUE = r"^([!-~]([ \t!-~]{0,998}[!-~])?)?$"
 
 
 def allowed_headers(headers: dict[str, str]) -> dict[str, str]:
-    """Raises ValueError for too many headers, and with the first that is not allowed. The values
-    are secrets: the message shows at most one character of them.
-    """
+    """Raises ValueError for the first problem, with at most one character of a secret value."""
     if len(headers) > MAX_HEADERS:
         raise ValueError(f"has at most {MAX_HEADERS} headers, not {len(headers)}")
     names = [name.lower() for name in headers]

@@ -53,9 +53,7 @@ async def page(
     position: Callable[[Item], Position],
     shown: Callable[[Item], JSON],
 ) -> Response:
-    """One page of a list: at most `limit` items, and at most 4 MiB. `rows` returns the selected
-    items. One item beyond the page shows that the list continues.
-    """
+    """One page of a list: at most `limit` items and 4 MiB. One item more shows that it goes on."""
     limit, owner, cursor = query_limit(request), query_owner(request), None
     since, until = query_time(request, "since"), query_time(request, "until")
     first = Selection(owner, None, read_cursor(request), since, until)

@@ -25,11 +25,7 @@ QUIET = ("/healthz", "/readyz", "/metrics", "/callbacks/", "/assets/")
 
 
 class Requests:
-    """Gives each request its `X-Request-Id` (the client's own if it is plain) and logs it.
-
-    The line contains the route instead of the path, and everything that the endpoint binds, such
-    as `owner` and `task_id`.
-    """
+    """Gives each request its `X-Request-Id`, the client's own if it is plain, and logs it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,6 +1,4 @@
-"""The schemas of operators' acts: the pause of submission, acts in bulk, the audit,
-and how the service is.
-"""
+"""The schemas of operators: acts in bulk, the pause, the audit, and how the service is."""
 
 from typing import Annotated, Any, Literal
 

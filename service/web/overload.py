@@ -159,9 +159,7 @@ SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
 
 
 class LoadShedder:
-    """Sheds clients' requests with 503 while too many are in hand, or during a burst of callbacks,
-    and gives each owner its share of what lasts.
-    """
+    """Sheds clients' requests with 503 during a burst, and gives each owner its share."""
 
     def __init__(self, gate: PriorityGate, metrics: Metrics, key_waits: int = 100) -> None:
         self.gate, self.metrics = gate, metrics

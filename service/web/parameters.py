@@ -1,6 +1,4 @@
-"""The parameters of the clients' API: for each query parameter and header the values that the code
-accepts, as JSON Schema. Patterns are used by the code as well.
-"""
+"""The query parameters and headers of the API: the values that the code accepts."""
 
 from collections.abc import Mapping
 

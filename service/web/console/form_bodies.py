@@ -1,6 +1,4 @@
-"""Bodies of forms: urlencoded, or multipart with files. They are read only with the session's CSRF
-token, which is their first field or the header `X-CSRF-Token`.
-"""
+"""Bodies of forms, urlencoded or multipart, read only with the session's CSRF token."""
 
 import asyncio
 import hmac

@@ -1,6 +1,4 @@
-"""A visit: one request for a page by a signed-in person, and what its page needs to answer. It
-calls the functions of the public API inside the process.
-"""
+"""A visit: a request for a page by a signed-in person, with calls of the public API."""
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -72,9 +70,7 @@ class Visit:
         headers: Mapping[str, str] | None = None,
         **path: str,
     ) -> Response:
-        """The response of an operation such as `GET /v1/tasks/{task_id}`, as it is. A parameter
-        that is None or empty is left out. Raises ApiError, also for a missing scope.
-        """
+        """The response of an operation such as `GET /v1/tasks/{task_id}`. Raises ApiError."""
         spec, outer = OPERATIONS[operation], self.request
         if not self.caller.has(spec.scopes):
             message = f"your key needs the scope {' or '.join(spec.scopes)}"

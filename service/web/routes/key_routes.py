@@ -35,9 +35,7 @@ Acting = Callable[[str, str, JSON | None], secrets.Write]
 async def create_key(
     store: BatchingStore, keyring: Keyring, now: int, body: NewKey, acting: Acting
 ) -> JSON:
-    """Creates a key. The result has the key, and for an owner's first key the callback secret.
-    `acting` takes an action, its target and its detail, and writes with an entry of the audit.
-    """
+    """Creates a key. `acting` writes an action on a target, with an entry of the audit."""
     owner, scopes, set_budget = body.owner, body.scopes, None
     if body.budget is not None:  # before the key, which could spend without it
         limit = millionths(body.budget.credits)

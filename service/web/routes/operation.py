@@ -1,6 +1,4 @@
-"""One operation of the API, and what stands before its endpoint: load shedding, the key and its
-scopes, and limits.
-"""
+"""One operation of the API, and the guard before its endpoint: load, key, scopes, limits."""
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping

@@ -1,6 +1,4 @@
-"""The list of tasks, whose filter is in the URL. A task: what happened, what it cost, and the acts
-of its owner and of operators.
-"""
+"""The list of tasks, and a task: what happened, what it cost, and the acts on it."""
 
 import json
 from collections.abc import Iterable, Mapping
