@@ -106,11 +106,6 @@ def stages(
     ]
 
 
-def worker_pool(resources: Resources, work: list[Stage], gate: PriorityGate) -> WorkerPool:
-    after_commit = partial(log_committed, metrics=resources.metrics)
-    return WorkerPool(resources.store, work, resources.metrics, after_commit, gate.wait)
-
-
 @asynccontextmanager
 async def running(
     settings: Settings, role: Role, address: str | None = None
@@ -132,7 +127,8 @@ async def running(
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
         pause = await watched_pause(resources.store, metrics)
         work = stages(settings, resources, breaker, validator, pause) if role.workers else []
-        pool = worker_pool(resources, work, gate)
+        after_commit = partial(log_committed, metrics=metrics)
+        pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)
         context = make_context(
             settings, role, resources, catalogue, validator, breaker, pause, gate, brokers, stopping
@@ -197,8 +193,7 @@ def make_context(
         max_endpoints=settings.max_endpoints,
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),
-        quiesce=stopping.quiesce,
-        drained=stopping.drained,
+        stopping=stopping,
         doctor=lambda: examined(settings, resources, pool, None if role.workers else watch),
         workers_alive=(lambda: pool.alive) if role.workers else None,
         worker_watch=None if role.workers else watch,
@@ -257,6 +252,6 @@ async def serve(
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")
-        context.quiesce()
+        context.stopping.quiesce()
         # Callbacks are still accepted: the next process is not there before this one has ended.
-        server.config.timeout_graceful_shutdown = max(1, round(await context.drained()))
+        server.config.timeout_graceful_shutdown = max(1, round(await context.stopping.drained()))

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.input_files import InputFiles
+from service.queue.stopping import Stopping
 from service.recent_look import RecentLook
 from service.resources import Resources
 from service.strict_json import JSON
@@ -23,9 +24,8 @@ from service.web.overload import LoadShedder, PriorityGate
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """`sinks`: brokers by name with their event types. `drained` waits for work in flight, within
-    the stop's limit, and returns the seconds that are left of it. `workers_alive` None: the process
-    has no workers, and `worker_watch` looks for those of other processes.
+    """`sinks`: brokers by name with their event types. `workers_alive` None: the process has no
+    workers, and `worker_watch` looks for those of other processes.
     """
 
     resources: Resources
@@ -44,8 +44,7 @@ class Context:
     max_endpoints: int  # of one owner
     sinks: Mapping[str, Sequence[str]]
     sinks_failing: Callable[[], bool]
-    quiesce: Callable[[], None]
-    drained: Callable[[], Awaitable[float]]
+    stopping: Stopping
     doctor: Callable[[], Awaitable[JSON]]
     workers_alive: Callable[[], bool] | None
     worker_watch: WorkerWatch | None

@@ -346,7 +346,7 @@ async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(
 async def test_a_stop_ends_streams(tmp_path: Path) -> None:
     """A stop ends open streams at once, and also a stream that opens during the stop."""
     async with world(tmp_path) as here, following(here.client) as stream:
-        here.context.quiesce()
+        here.context.stopping.quiesce()
         async with asyncio.timeout(20):
             assert [message async for message in stream] == []
         async with following(here.client) as late:

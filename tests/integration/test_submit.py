@@ -144,7 +144,7 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
         await wait_until(lambda: len(theirs.received["first"]) == 1)
         second = await there.submit(prompt="second", headers={"prefer": "respond-async"})
         assert (await row(there, second["id"])).submit_lease_until is not None
-        there.context.quiesce()
+        there.context.stopping.quiesce()
         answered.set()
         assert (await in_state(there, first["id"], "submitted"))[
             "upstream_id"
@@ -515,7 +515,7 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
         async with crowded(there):
             task = await there.submit(prompt="later", headers={"prefer": "respond-async"})
             await wait_until(lambda: there.context.resources.limiter.waiting("submit"))
-            there.context.quiesce()
+            there.context.stopping.quiesce()
 
         async def free() -> Any:
             known = await row(there, task["id"])

@@ -25,7 +25,7 @@ from service.upstreams.field_values import shown as named
 from service.web.acts import perform
 from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, parsed, query_text, read_body
-from service.web.context import Context, context_of, resources_of
+from service.web.context import context_of, resources_of
 from service.web.error_responses import error_response
 from service.web.list_page import Position, page
 from service.web.parameters import IDEMPOTENCY_KEY
@@ -44,13 +44,10 @@ Found = tuple[TaskRow, list[ImageRow]]
 def shown(request: Request, row: TaskRow, images: list[ImageRow]) -> JSON:
     document = with_links(task_document(row, images), resources_of(request).links)
     data = [{"url": url} for url in document["results"]] if row.terminal else None
-    held = held_by(context_of(request)) if row.state is State.QUEUED else None
+    context, held = context_of(request), None
+    if row.state is State.QUEUED:
+        held = context.pause.pause.message or (HELD if context.breaker.is_open else None)
     return {**document, "prompt": row.prompt, "held": held, "data": data, "quarantine": None}
-
-
-def held_by(context: Context) -> str | None:
-    """Why this process submits nothing for now."""
-    return context.pause.pause.message or (HELD if context.breaker.is_open else None)
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
