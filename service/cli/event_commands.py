@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import typer
 
 from service.cli.api_client import ApiClient, ServiceBusy, ServiceUnreachable, api_client
-from service.cli.output import Json, Text, Texts, option, put, put_json, remark
+from service.cli.output import Json, Text, Texts, option, put_json, put_result, remark
 from service.errors import EgressError
 from service.strict_json import JSON, compact_json
 
@@ -90,7 +90,7 @@ def listen(
     if last is None:
         last = client.call("GET", "/v1/events", params={"task": NO_TASK})["next_after"]
     started = {"url": url, "secret": secret, "after": last}
-    put_json(started) if as_json else put(f"forwarding to {url}, signed with {secret}")
+    put_result(started, as_json, f"forwarding to {url}, signed with {secret}")
     for found in event_pages(client, {**query, "wait": WAIT_S}, last):
         for event in found:
             forward(url, secret, event, as_json)
@@ -134,8 +134,7 @@ def forward(url: str, secret: str, event: JSON, as_json: bool) -> None:
     except EgressError as failure:
         error = str(failure)
     milliseconds = round((time.monotonic() - started) * 1000)
-    said = {"sequence": event["sequence"], "id": event["id"], "type": event["type"]}
-    if as_json:
-        put_json({**said, "status": status, "error": error, "duration_ms": milliseconds})
-    else:
-        put(f"{event['id']}  {event['type']}  {status or error}  {milliseconds} ms")
+    said = {name: event[name] for name in ("sequence", "id", "type")}
+    said |= {"status": status, "error": error, "duration_ms": milliseconds}
+    line = f"{event['id']}  {event['type']}  {status or error}  {milliseconds} ms"
+    put_result(said, as_json, line)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from service.cli.api_client import ApiClient, api_client
-from service.cli.output import Json, Text, option, put, put_json
+from service.cli.output import Json, Text, option, put_result
 from service.cli.place import say_place
 from service.strict_json import JSON
 
@@ -27,10 +27,7 @@ def upload_files(
     client = api_client()
     for path in paths:
         file = upload(client, path, model, flatten=flatten)
-        if as_json:
-            put_json(file)
-        else:
-            put(file["id"])
+        put_result(file, as_json, file["id"])
     say_place(client.at)
 
 
