@@ -26,10 +26,6 @@ def plain(text: object) -> str:
     return "".join(char if char.isprintable() else " " for char in str(text)).strip()
 
 
-def terminal() -> bool:
-    return sys.stdout.isatty()
-
-
 def put(line: str) -> None:
     """Prints a line and flushes it: a program may read it from a pipe while this one runs."""
     sys.stdout.write(line + "\n")

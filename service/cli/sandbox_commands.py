@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from service.cli.api_client import pairs
 from service.cli.direct_keys import acting
-from service.cli.output import Json, Text, Texts, option, put_result, terminal
+from service.cli.output import Json, Text, Texts, option, put_result
 from service.cli.place import http_address, reached_at
 from service.cli.sandbox_settings import KEY, LOOPBACK, LOOPBACKS, needed_settings, sandbox_words
 from service.credits import millionths
@@ -181,7 +181,7 @@ def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -
     """The settings of `serve --sandbox`, with a store apart from that of real tasks."""
     from service.settings import load_settings
 
-    people = terminal() and "log_format" not in settings.model_fields_set
+    people = sys.stdout.isatty() and "log_format" not in settings.model_fields_set
     loopbacks = LOOPBACKS if settings.host == "localhost" else f"{LOOPBACKS},{settings.host}"
     own = {
         "port": settings.port,

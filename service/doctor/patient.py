@@ -4,6 +4,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,20 +43,8 @@ class Finding:
     mend: str | None = None
 
 
-def ok(finding: str) -> Finding:
-    return Finding("ok", finding)
-
-
-def skipped(finding: str) -> Finding:
-    return Finding("skipped", finding)
-
-
-def fault(finding: str, mend: str) -> Finding:
-    return Finding("fault", finding, mend)
-
-
-def warning(finding: str, mend: str) -> Finding:
-    return Finding("warning", finding, mend)
+ok, skipped = partial(Finding, "ok"), partial(Finding, "skipped")
+fault, warning = partial(Finding, "fault"), partial(Finding, "warning")
 
 
 def told(error: Exception) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import TypeVar
 
 from sqlalchemy import Connection
@@ -24,6 +25,7 @@ Item = TypeVar("Item")
 Position = tuple[int, str]  # time and id of the last item
 
 PIECE = 64 << 10  # bytes
+position_of: Callable[[Row], Position] = itemgetter("created_at", "id")
 
 
 def query_limit(request: Request, name: str = "limit") -> int:
@@ -41,10 +43,6 @@ def read_cursor(request: Request) -> Position | None:
         return None
     time, _, id = text.partition(".")
     return int(time), id
-
-
-def position_of(row: Row) -> Position:
-    return row["created_at"], row["id"]
 
 
 async def page(

@@ -60,10 +60,6 @@ def document(specs: Sequence[Spec]) -> JSON:
     }
 
 
-def operation_id(spec: Spec) -> str:
-    return spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__
-
-
 def operation(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
     given = parameters(spec.path, spec.query, re.findall(r"\{(\w+)\}", spec.path))
     if spec.body is Submission:
@@ -71,12 +67,12 @@ def operation(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
     if spec.path == "/v1/events":
         given += headers(STREAM_HEADERS)
     made: JSON = {
-        "operationId": operation_id(spec),
+        "operationId": spec.id,
         "summary": spec.summary,
         "parameters": given,
         "responses": responses(spec),
     }
-    if found := links(spec, specs, operation_id):
+    if found := links(spec, specs):
         made["responses"][str(spec.status)]["links"] = found
     if spec.scopes:
         made["security"] = [{"key": []}]

@@ -1,7 +1,6 @@
 """The responses and links of each operation, beside its answer in the table of routes."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from service.strict_json import JSON
 from service.web.field_schemas import OptionalBody
@@ -177,7 +176,7 @@ def sources(spec: Spec) -> dict[str, str]:
     return {each: f"$response.body#/{value}" for each, value in filled.items()}
 
 
-def links(spec: Spec, specs: tuple[Spec, ...], operation_id: Any) -> JSON:
+def links(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
     """Links to the operations that take what the answer has."""
     given, made = sources(spec), {}
     for target in specs:
@@ -196,8 +195,7 @@ def links(spec: Spec, specs: tuple[Spec, ...], operation_id: Any) -> JSON:
                 f"{'path' if name in named else 'query'}.{name}": value
                 for name, value in wanted.items()
             }
-            id = operation_id(target)
-            made[id] = {"operationId": id, "parameters": expressions}
+            made[target.id] = {"operationId": target.id, "parameters": expressions}
     return made
 
 

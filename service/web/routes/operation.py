@@ -40,6 +40,10 @@ class Spec:
     status: int
 
     @property
+    def id(self) -> str:
+        return self.endpoint.__module__.rsplit(".", 1)[-1] + "_" + self.endpoint.__name__
+
+    @property
     def summary(self) -> str:
         """The endpoint's docstring, on one line."""
         return " ".join((self.endpoint.__doc__ or "").split()).removesuffix(".")
