@@ -129,7 +129,7 @@ async def form_page(
         running=RUNNING,
         samples=samples(body, visit.context.resources.links.base_url, key) if body else [],
         recent=recent["data"],
-        picks=picks(recent["data"]),
+        picks=[image for task in recent["data"] for image in task["images"]][:PICKS],
         may_send=not visit.caller.scopes.isdisjoint({"submit", "admin"}),
     )
 
@@ -155,10 +155,6 @@ def reference(value: str) -> JSON:
     if re.fullmatch(IMAGE_ID, value):
         return {"value": value, "src": f"/images/{value}"}
     return {"value": value, "src": None}
-
-
-def picks(tasks: list[JSON]) -> list[JSON]:
-    return [image for task in tasks for image in task["images"]][:PICKS]
 
 
 def new_key() -> str:
