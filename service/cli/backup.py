@@ -111,13 +111,14 @@ def write_backup(settings: "Settings", path: Path, folder: Path) -> "Manifest":
         copy_database(path, folder / DATABASE)
         images = Images(kept_at=settings.blob_url)
     files = [name for name in (DATABASE, KEY) if (folder / name).exists()]
+    sums = {name: summed(folder / name) for name in files}
     with reading(folder / DATABASE) as connection:
         manifest = Manifest(
             format=FORMAT,
             darkroom=VERSION,
             made_at=datetime.fromtimestamp(now / 1000, UTC),
             served=served or not is_unserved(settings),
-            files={name: Sum.of(*summed(folder / name)) for name in files},
+            files={name: Sum(bytes=size, sha256=sha) for name, (size, sha) in sums.items()},
             images=images,
             **figures(connection),
         )

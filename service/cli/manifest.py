@@ -1,7 +1,5 @@
 """The manifest of a backup, `manifest.json`."""
 
-from typing import Self
-
 from pydantic import AwareDatetime, BaseModel, NonNegativeInt
 
 FORMAT = 1
@@ -10,10 +8,6 @@ FORMAT = 1
 class Sum(BaseModel):
     bytes: NonNegativeInt
     sha256: str
-
-    @classmethod
-    def of(cls, size: int, sha256: str) -> Self:
-        return cls(bytes=size, sha256=sha256)
 
 
 class Images(BaseModel):

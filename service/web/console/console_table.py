@@ -12,7 +12,6 @@ from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, BlobUnavailable, EgressError, StoreUnavailable
 from service.web.auth import Caller
-from service.web.console.assets import asset
 from service.web.console.form_bodies import read_form
 from service.web.console.pages import (
     deliveries_page,
@@ -35,6 +34,7 @@ from service.web.console.sign_in import (
     sign_in,
     sign_out,
 )
+from service.web.console.templating import asset
 from service.web.console.visits import View, Visit
 from service.web.context import context_of
 from service.web.error_responses import respond

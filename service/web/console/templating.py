@@ -1,16 +1,21 @@
-"""Templates, and the filters that they use. Every value is escaped."""
+"""Templates, the filters that they use, and static files. Every value is escaped."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
+from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from starlette.requests import Request
+from starlette.responses import Response
 
-from service.web.console.assets import asset_url
+from service.errors import ApiError
+from service.web.published import tagged
 
 STEPS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -104,3 +109,42 @@ def sparkline(values: Iterable[float]) -> str:
     most, step = max([*heights, 0]) or 1, 118 / max(1, len(heights) - 1)
     points = enumerate(heights)
     return " ".join(f"{1 + n * step:.1f},{26 - each / most * 24:.1f}" for n, each in points)
+
+
+# --- style sheets and scripts, under a name that contains their hash ---
+
+TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FOREVER = "public, max-age=31536000, immutable"
+
+
+@cache
+def contents() -> Mapping[str, bytes]:
+    """Every file by its name."""
+    folder = files(__package__).joinpath("static")
+    return {each.name: each.read_bytes() for each in folder.iterdir() if each.name[0] != "."}
+
+
+@cache
+def version() -> str:
+    """The hash of all files, because a script imports another of the same version."""
+    digest = hashlib.sha256()
+    for name, content in sorted(contents().items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def asset_url(name: str) -> str:
+    """KeyError: no file has that name."""
+    assert contents()[name] is not None
+    return f"/assets/{version()}/{name}"
+
+
+async def asset(request: Request) -> Response:
+    """Answers with a file. A page of another version gets this one's, and asks again later."""
+    name = request.path_params["name"]
+    content = contents().get(name)
+    if content is None:
+        raise ApiError(404, "not_found", "nothing has that name")
+    kept = FOREVER if request.path_params["version"] == version() else "no-cache"
+    headers = {"Cache-Control": kept, "X-Content-Type-Options": "nosniff"}
+    return tagged(request, content, TYPES[name[name.rfind(".") :]], headers)
