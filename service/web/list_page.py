@@ -28,10 +28,12 @@ PIECE = 64 << 10  # bytes
 position_of: Callable[[Row], Position] = itemgetter("created_at", "id")
 
 
-def query_limit(request: Request, name: str = "limit") -> int:
-    text = request.query_params.get(name, str(LIMIT))
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
-        message = f"{name} must be a whole number from 1 to {MAX_LIMIT}, not {shown(text)}"
+def query_limit(
+    request: Request, name: str = "limit", default: int = LIMIT, most: int = MAX_LIMIT
+) -> int:
+    text = request.query_params.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+        message = f"{name} must be a whole number from 1 to {most}, not {shown(text)}"
         raise invalid_request(message, name)
     return int(text)
 

@@ -14,11 +14,11 @@ from service.links import data_of, is_data
 from service.strict_json import JSON
 from service.tasks.files import FileRow, file_rows, select_files
 from service.upstreams.catalogue_images import COMMON
-from service.upstreams.field_values import shown as named
 from service.web.auth import caller_of
 from service.web.bodies import parsed, read_body, read_model, validated
 from service.web.context import context_of, resources_of
 from service.web.file_schemas import EncodedUpload, LinkedUpload
+from service.web.list_page import query_limit
 from service.web.parameters import MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE
 from service.web.routes.file_routes import kept_part
 
@@ -98,7 +98,8 @@ async def _answered(request: Request, keep: Callable[[Request], Awaitable[FileRo
 
 async def listed(request: Request) -> Response:
     """List input images, as the upstream's clients do."""
-    number, size = _number(request, "page", 1, MAX_PAGE), _number(request, "pageSize", PAGE_SIZE)
+    number = query_limit(request, "page", 1, MAX_PAGE)
+    size = query_limit(request, "pageSize", PAGE_SIZE, MAX_PAGE_SIZE)
     owner, now = caller_of(request).owner, resources_of(request).store.clock()
 
     def read(connection: Connection) -> tuple[int, list[FileRow]]:
@@ -153,11 +154,3 @@ def shown(request: Request, row: FileRow) -> JSON:
 
 def success(data: JSON) -> Response:
     return JSONResponse({"success": True, "code": 200, "msg": "success", "data": data})
-
-
-def _number(request: Request, name: str, default: int, most: int = MAX_PAGE_SIZE) -> int:
-    text = request.query_params.get(name, str(default))
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= most:
-        message = f"{name} must be a whole number from 1 to {most}, not {named(text)}"
-        raise ApiError(400, "invalid_request", message, param=name)
-    return int(text)
