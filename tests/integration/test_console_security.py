@@ -196,6 +196,7 @@ async def test_a_form_of_another_site_does_nothing(here: World, headers: dict[st
         "/console/nothing",
         "/console/",
         "/docs",
+        "/docs/",
         "/docs/schemas",
         "/docs/events",
     ],

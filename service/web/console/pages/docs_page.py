@@ -29,7 +29,7 @@ HEADERS = {
 
 
 async def documentation(request: Request) -> Response:
-    return tagged(request, rendered(request.url.path), "text/html", HEADERS)
+    return tagged(request, rendered(request.url.path.rstrip("/")), "text/html", HEADERS)
 
 
 @cache
