@@ -219,9 +219,7 @@ async def test_a_preference_is_applied_and_named(
 
 async def test_no_answer_is_held_longer_than_two_minutes(here: World) -> None:
     """The applied wait is at most 120 seconds."""
-    answer = await here.client.post(
-        SUBMIT, json=order(), headers={"prefer": "wait=99999999999, wait=999999999"}
-    )
+    answer = await here.client.post(SUBMIT, json=order(), headers={"prefer": "wait=99999999999"})
     assert got(answer)["state"] == "completed"
     assert answer.headers["preference-applied"] == "wait=120"
 

@@ -55,7 +55,7 @@ def preferences(request: Request) -> tuple[float | None, str | None]:
     wait, asynchronous = None, False
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
         name, _, value = preference.partition(";")[0].partition("=")
-        seconds = re.fullmatch('"?([0-9]{1,9})"?', value.strip())
+        seconds = re.fullmatch('"?([0-9]{1,99})"?', value.strip())
         asynchronous |= name.strip().lower() == "respond-async"
         if name.strip().lower() == "wait" and seconds:
             wait = min(int(seconds[1]), MAX_WAIT_S)
