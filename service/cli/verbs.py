@@ -49,7 +49,7 @@ def with_scopes(given: JSON) -> JSON:
     if not scopes or not set(scopes) <= set(SCOPES):
         raise typer.BadParameter(f"wants some of {', '.join(SCOPES)}", param_hint="--scopes")
     budget = given.pop("budget")
-    return given | {"scopes": scopes} | ({"budget": limit_of(budget)} if budget else {})
+    return given | {"scopes": scopes} | ({"budget": limit_of(budget)} if budget is not None else {})
 
 
 def limit_of(text: str) -> JSON:

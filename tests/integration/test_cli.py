@@ -195,6 +195,7 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
         ("task", ".."),
         ("endpoints", "patch", "ep_x"),
         ("keys", "create", "--owner", "x", "--scopes", "everything"),
+        ("keys", "create", "--owner", "x", "--scopes", "read", "--budget", ""),
         ("sandbox", "--fault", "nonsense=1"),
         ("sandbox", "--fault", "delay"),
         ("sandbox", "--price", "-1"),
