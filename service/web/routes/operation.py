@@ -71,16 +71,16 @@ def check_query(request: Request, spec: Spec) -> None:
     """
     if not request.scope["query_string"]:
         return
-    try:
-        unquote_to_bytes(request.scope["query_string"]).decode()
-    except UnicodeDecodeError:
-        raise invalid_request("the query is not valid UTF-8") from None
     for name in request.query_params:
         family, dot, _ = name.partition(".")
         if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
             known = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
             message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {known}"
             raise invalid_request(message, name[:NAME_CHARS])
+    try:
+        unquote_to_bytes(request.scope["query_string"]).decode()
+    except UnicodeDecodeError:
+        raise invalid_request("the query is not valid UTF-8") from None
 
 
 def guarded(spec: Spec) -> Handler:
