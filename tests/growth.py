@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import insert, update
 
-from service.db.money_tables import ledger
+from service.db.operator_tables import ledger
 from service.db.tables import (
     attempts,
     callbacks,

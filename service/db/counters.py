@@ -1,10 +1,14 @@
 """Single numbers of the store, by name, and the sequences that they give out."""
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from collections.abc import Sequence
 
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
+
+from service.db.paging import Row, matching
 from service.db.prepared import run
 from service.db.tables import counters
 from service.db.transaction import Transaction
+from service.strict_json import JSON
 
 
 def counter(connection: Connection, name: str) -> int:
@@ -34,9 +38,24 @@ _RAISING = (
 )
 
 
-def next_numbers(tx: Transaction, name: str, count: int) -> range:
-    """The next numbers of a sequence. The counter's row stays locked until the commit, so that
-    rows become visible in the order of their numbers, with any number of writers.
+def number(tx: Transaction, name: str, rows: Sequence[JSON]) -> None:
+    """Gives rows the next numbers of a sequence. The counter's row stays locked until the commit,
+    so that rows become visible in the order of their numbers, with any number of writers.
     """
-    ((last,),) = run(tx.connection, _RAISING, {"counter": name, "by": count})
-    return range(last - count + 1, last + 1)
+    given = {"counter": name, "by": len(rows)}
+    ((last,),) = run(tx.connection, _RAISING, given)
+    for sequence, row in enumerate(rows, last - len(rows) + 1):
+        row["sequence"] = sequence
+
+
+def numbered_page(
+    connection: Connection, /, table: Table, after: str | None, limit: int, **where: str | None
+) -> list[Row] | None:
+    """Rows of a sequence in their order, after the one with this id. None: there is no such row."""
+    statement = matching(select(table), table, **where)
+    if after is not None:
+        known = matching(select(table.c.sequence), table, id=after, owner=where.get("owner"))
+        if (sequence := connection.scalar(known)) is None:
+            return None
+        statement = statement.where(table.c.sequence > sequence)
+    return list(connection.execute(statement.order_by(table.c.sequence).limit(limit)).mappings())

@@ -1,6 +1,6 @@
 """The tables of input images: the owners' files, and the copies that an upstream has of them."""
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Integer, String, Table, Text
 
 from service.db.tables import metadata
 
@@ -21,8 +21,6 @@ files = Table(
     Column("blob", String(200)),
     Column("erased_at", BigInteger),
     Column("alpha", Boolean),  # NULL: not measured
-    Index(None, "owner", "created_at", "id"),
-    Index(None, "expires_at"),
 )
 
 # An upstream's copy of a file or of a result, by the id of either.
@@ -35,5 +33,4 @@ copies = Table(
     Column("file_id", String(200)),  # the upstream's
     Column("url", Text, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
-    Index(None, "expires_at"),
 )

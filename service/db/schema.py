@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
-# These add their tables and indexes to the metadata.
-from service.db import file_tables, inbox_table, key_tables, list_indexes, operator_tables  # noqa: F401
 from service.errors import ConfigurationError, SchemaMismatch
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
-    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -115,9 +114,6 @@ tasks = Table(
     *lease_columns("settle_"),
     UniqueConstraint("upstream_id", "upstream"),  # a search knows only the first
     UniqueConstraint("owner", "idempotency_key"),
-    Index(None, "owner", "created_at", "id"),
-    Index(None, "created_at", "id"),  # the list of all owners' tasks
-    Index(None, "state"),
 )
 
 callbacks = Table(
@@ -136,6 +132,21 @@ callbacks = Table(
     Column("body", LargeBinary, nullable=False),
     UniqueConstraint("task_id", "digest"),
     UniqueConstraint("task_id", "first"),
+)
+
+# Callbacks that are committed and wait for their verdict. Rows are only inserted and deleted.
+inbox = Table(
+    "inbox",
+    metadata,
+    # The order of arrival. A callback that follows the response to another one has a larger number.
+    Column("sequence", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("id", String(40), nullable=False),  # the callback's
+    Column("task_id", String(40), nullable=False),
+    Column("upstream", String(32), nullable=False),  # whose module reads the body
+    Column("received_at", BigInteger, nullable=False),
+    Column("size", Integer, nullable=False),  # of the body as it came
+    Column("digest", String(64), nullable=False),  # of the body as it came
+    Column("body", LargeBinary, nullable=False),  # the beginning of a body that is too large
 )
 
 images = Table(
@@ -191,7 +202,6 @@ events = Table(
     Column("traceparent", String(55)),  # of the task
     Column("data", JSON, nullable=False),
     UniqueConstraint("task_id", "terminal"),
-    Index(None, "owner", "sequence"),
 )
 
 endpoints = Table(
@@ -211,7 +221,6 @@ endpoints = Table(
     *(Column("options", JSON(none_as_null=True)), Column("headers", LargeBinary)),  # encrypted
     Column("slot_at", BigInteger),  # the next free time of its rate
     Column("created_at", BigInteger, nullable=False),
-    Index(None, "owner"),
 )
 
 deliveries = Table(
@@ -236,10 +245,6 @@ deliveries = Table(
     # Of an ordered endpoint: deliveries of one key go one after another, by `sequence`.
     *(Column("order_key", String(64)), Column("sequence", BigInteger)),
     Column("slot_at", BigInteger),  # the time that the endpoint's rate gave it
-    Index(None, "event_id"),
-    Index(None, "endpoint_id", "state"),
-    Index(None, "task_id"),
-    Index(None, "owner", "created_at", "id"),
 )
 
 replays = Table(
@@ -247,7 +252,7 @@ replays = Table(
     metadata,
     Column("id", String(40), primary_key=True),
     Column("owner", String(64), nullable=False),  # of the request
-    Column("endpoint_id", String(40), nullable=False, index=True),  # empty: of any endpoint
+    Column("endpoint_id", String(40), nullable=False),  # empty: of any endpoint
     # A filter of deliveries. NULL: a replay of an endpoint's events.
     Column("filter", JSON(none_as_null=True)),
     Column("after", String(40)),  # with a filter: the last delivery at the time `position`
@@ -279,21 +284,20 @@ attempts = Table(
     "attempts",
     metadata,
     Column("id", String(40), primary_key=True),
-    Column("delivery_id", String(40), nullable=False, index=True),
+    Column("delivery_id", String(40), nullable=False),
     Column("time", BigInteger, nullable=False),
     Column("status", Integer),
     Column("duration_ms", Integer, nullable=False),
     Column("error", Text),
     Column("answer", LargeBinary),  # the first 2 KiB
     Column("endpoint_id", String(40)),  # NULL: of a task's own callback_url, or an old row
-    Index(None, "endpoint_id", "time"),
 )
 
 steps = Table(
     "steps",
     metadata,
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
-    Column("task_id", String(40), nullable=False, index=True),
+    Column("task_id", String(40), nullable=False),
     Column("time", BigInteger, nullable=False),
     Column("step", String(40), nullable=False),
     Column("detail", JSON, nullable=False),

@@ -5,7 +5,7 @@ retry is due now. A delivered one is sent again. The pages go by the time of cre
 start of the replay, so that a replay ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from service.db.transaction import Transaction
 from service.events.endpoint_options import order_keys
 from service.events.endpoints import EndpointRow, lock_endpoint
 from service.events.failures import supersede
+from service.strict_json import JSON
 
 MOST = 100_000  # deliveries of one replay
 NAMES = ("id", "event_id", "endpoint_id", "task_id", "owner", "created_at", "state")
@@ -96,22 +97,16 @@ def record_selected(tx: Transaction, replay: Row, found: Sequence[Row]) -> int:
     ]
     forward = [row["id"] for row in reachable if row["state"] == "pending"]
     _bring_forward(tx, replay, forward)
-    kept = {row["event_id"] for row in reachable}
-    there = select(events.c.id, events.c.sequence).where(events.c.id.in_(kept)).with_for_update()
-    sequences = {event.id: event.sequence for event in tx.connection.execute(there)}
-    done = _on_their_way(tx, replay, kept)
-    rows = []
+    sequences = lock_events(tx, {row["event_id"] for row in reachable})
+    done, wanted = on_their_way(tx, replay, sequences), []
     for row in reachable:
         key = row["event_id"], row["endpoint_id"]
         if row["state"] != "pending" and row["event_id"] in sequences and key not in done:
             done.add(key)
-            rows.append(_new_row(tx, replay, row))
-    _put_in_order(tx, rows, rows_of, sequences)
-    if rows:
-        supersede(tx, rows)
-        tx.connection.execute(insert(deliveries), rows)
-    tx.due.add("redeliver")
-    return len(forward) + len(rows)
+            names = ("owner", "endpoint_id", "event_id", "task_id")
+            wanted.append({name: row[name] for name in names})
+    insert_deliveries(tx, replay, wanted, rows_of, sequences)
+    return len(forward) + len(wanted)
 
 
 def _bring_forward(tx: Transaction, replay: Row, ids: Sequence[str]) -> None:
@@ -125,7 +120,15 @@ def _bring_forward(tx: Transaction, replay: Row, ids: Sequence[str]) -> None:
     tx.connection.execute(update(deliveries).where(free).values(values))
 
 
-def _on_their_way(tx: Transaction, replay: Row, event_ids: set[str]) -> set[tuple[str, str | None]]:
+def lock_events(tx: Transaction, ids: Collection[str]) -> dict[str, int]:
+    """The sequences of the events that retention has not deleted. Locks them until the commit."""
+    there = select(events.c.id, events.c.sequence).where(events.c.id.in_(ids)).with_for_update()
+    return {event.id: event.sequence for event in tx.connection.execute(there)}
+
+
+def on_their_way(
+    tx: Transaction, replay: Row, event_ids: Collection[str]
+) -> set[tuple[str, str | None]]:
     """Events and endpoints that need no new delivery: what is delivered or pending, or, if the
     replay repeats delivered ones, what it has made itself.
     """
@@ -136,29 +139,29 @@ def _on_their_way(tx: Transaction, replay: Row, event_ids: set[str]) -> set[tupl
     return {(row.event_id, row.endpoint_id) for row in found}
 
 
-def _put_in_order(
+def insert_deliveries(
     tx: Transaction,
-    rows: list[dict[str, Any]],
+    replay: Row,
+    wanted: Sequence[JSON],
     endpoints: Mapping[str, EndpointRow | None],
     sequences: Mapping[str, int],
 ) -> None:
-    """Gives new deliveries the keys of their endpoints' present options. A key of former options
-    would let them pass by the events of their task or value that wait now.
+    """Inserts deliveries of a replay, with the keys of their endpoints' present options. A key of
+    former options would let them pass by the events of their task or value that wait now.
     """
+    keys: dict[tuple[str, str], str] = {}
     for id, endpoint in endpoints.items():
-        mine = [row for row in rows if row["endpoint_id"] == id]
-        options = endpoint.options if endpoint is not None else None
-        keys = order_keys(tx, options, [row["event_id"] for row in mine])
-        for row in mine:
-            if row["event_id"] in keys:
-                row["order_key"] = keys[row["event_id"]]
-                row["sequence"] = sequences[row["event_id"]]
-
-
-def _new_row(tx: Transaction, replay: Row, row: Row) -> dict[str, Any]:
-    names = ("owner", "endpoint_id", "event_id", "task_id")
-    copied = {name: row[name] for name in names} | {"order_key": None, "sequence": None}
-    zero = dict.fromkeys(("attempts", "fence", "deaths", "faults"), 0)
-    times = {"created_at": tx.now, "due_at": tx.now}
-    more = {"id": tx.id("delivery"), "state": "pending", "replay_id": replay["id"]}
-    return {**copied, **zero, **times, **more}
+        mine = [row["event_id"] for row in wanted if row["endpoint_id"] == id]
+        found = order_keys(tx, endpoint.options if endpoint else None, mine)
+        keys |= {(id, event_id): key for event_id, key in found.items()}
+    rows = []
+    for row in wanted:
+        key = keys.get((row["endpoint_id"], row["event_id"]))
+        order: JSON = {"order_key": key, "sequence": sequences[row["event_id"]] if key else None}
+        zero = dict.fromkeys(("attempts", "fence", "deaths", "faults"), 0)
+        new = {"id": tx.id("delivery"), "state": "pending", "replay_id": replay["id"]}
+        rows.append({**row, **new, **order, **zero, "created_at": tx.now, "due_at": tx.now})
+    if rows:
+        supersede(tx, rows)
+        tx.connection.execute(insert(deliveries), rows)
+    tx.due.add("redeliver")

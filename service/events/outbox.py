@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from sqlalchemy import bindparam, or_, select
 
-from service.db.counters import next_numbers
+from service.db.counters import number
 from service.db.paging import Row
 from service.db.prepared import run, run_many
 from service.db.tables import deliveries, endpoints, events, steps, tasks
@@ -116,10 +116,10 @@ def flush(tx: Transaction) -> None:
         for event, event_row in zip(tx.emitted, event_rows, strict=True)
         for row in _deliveries(tx, event, event_row, subscribers)
     ]
-    numbers = next_numbers(tx, "events", len(event_rows))
-    for event, event_row, sequence in zip(tx.emitted, event_rows, numbers, strict=True):
-        event.sequence = event_row["sequence"] = sequence
-    sequences = {event.id: event.sequence for event in tx.emitted}
+    number(tx, "events", event_rows)
+    sequences = {row["id"]: row["sequence"] for row in event_rows}
+    for event in tx.emitted:
+        event.sequence = sequences[event.id]
     for row in rows:
         row["sequence"] = sequences[row["event_id"]] if row["order_key"] else None
     run_many(tx.connection, inserting(events), event_rows)

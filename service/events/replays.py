@@ -6,7 +6,7 @@ last event that was there at the start. Replays to one endpoint run one after th
 rate is bounded per endpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +17,16 @@ from service.db.tables import deliveries, events, replays
 from service.db.transaction import Lease, Transaction, one_by_one
 from service.events import outbox
 from service.events.delivery_order import release_waiting
-from service.events.delivery_replays import DeliveryFilter, record_selected, selected_page
-from service.events.endpoint_options import order_keys
+from service.events.delivery_replays import (
+    DeliveryFilter,
+    insert_deliveries,
+    lock_events,
+    on_their_way,
+    record_selected,
+    selected_page,
+)
 from service.events.endpoints import EndpointRow, endpoint_row, lock_endpoint
-from service.events.failures import ended, supersede
+from service.events.failures import ended
 from service.events.outbox import OPERATORS
 from service.events.replay_filter import ReplayExtent, ReplayFilter, conditions
 from service.queue import leases
@@ -177,73 +183,44 @@ def _advance(tx: Transaction, row: Row, page: ReplayPage, made: int, **more: Any
 
 
 def _redeliver(tx: Transaction, row: Row, endpoint: EndpointRow, page: ReplayPage) -> int:
-    """Makes deliveries of a page of events, and returns how many of these are still there."""
-    kept = _still_there(tx, page.events)
-    known = set() if row["only"] == "all" else _on_their_way(tx, row, endpoint, kept)
-    keys = order_keys(tx, endpoint.options, [event["id"] for event in kept])
-    rows = [
-        {
-            "id": tx.id("delivery"),
-            "owner": endpoint.owner or OPERATORS,
-            "endpoint_id": endpoint.id,
-            "event_id": event["id"],
-            "task_id": event["task_id"],
-            "state": "pending",
-            "created_at": tx.now,
-            "replay_id": row["id"],
-            "due_at": tx.now,
-            **dict.fromkeys(("attempts", "fence", "deaths", "faults"), 0),
-            "order_key": keys.get(event["id"]),
-            "sequence": event["sequence"] if event["id"] in keys else None,
-        }
-        for event in kept
-        if event["id"] not in known
+    """Makes deliveries of a page of events, and returns how many of these are still there. A replay
+    of undelivered events sends pending deliveries now.
+    """
+    sequences = lock_events(tx, [event["id"] for event in page.events])
+    if row["pending"]:
+        _bring_forward(tx, row, endpoint, sequences)
+    known = on_their_way(tx, row, sequences)
+    to = {"owner": endpoint.owner or OPERATORS, "endpoint_id": endpoint.id}
+    wanted = [
+        {**to, "event_id": event["id"], "task_id": event["task_id"]}
+        for event in page.events
+        if event["id"] in sequences and (event["id"], endpoint.id) not in known
     ]
-    if rows:
-        supersede(tx, rows)
-        tx.connection.execute(insert(deliveries), rows)
-        tx.due.add("redeliver")
-    return len(kept)
+    insert_deliveries(tx, row, wanted, {endpoint.id: endpoint}, sequences)
+    return len(sequences)
 
 
-def _still_there(tx: Transaction, found: Sequence[Row]) -> list[Row]:
-    """The events that retention has not deleted. Locks them until the commit."""
-    if not found:
-        return []
-    mine = events.c.sequence.in_([row["sequence"] for row in found])
-    known = set(
-        tx.connection.execute(select(events.c.sequence).where(mine).with_for_update()).scalars()
-    )
-    return [row for row in found if row["sequence"] in known]
-
-
-def _on_their_way(
-    tx: Transaction, replay: Row, endpoint: EndpointRow, found: Sequence[Row]
-) -> set[str]:
-    """The events that need no new delivery, because the endpoint has them or gets them. A replay of
-    undelivered events sends pending deliveries now, with the whole schedule, as its own.
+def _bring_forward(
+    tx: Transaction, replay: Row, endpoint: EndpointRow, event_ids: Collection[str]
+) -> None:
+    """Makes pending deliveries of these events due, with the whole schedule, as the replay's own.
 
     A delivery under a lease is being sent already. One that another transaction has locked is being
     recorded.
     """
     columns = deliveries.c
-    ids = [event["id"] for event in found]
-    mine = and_(columns.event_id.in_(ids), columns.endpoint_id == endpoint.id)
-    if replay["pending"]:
-        pending = select(columns.id).where(mine, columns.state == "pending")
-        pending = pending.with_for_update(skip_locked=True)
-        free = columns.lease_until.is_(None)
-        soon = max(tx.now, endpoint.paused_until or 0)
-        values: dict[Any, Any] = {
-            columns.replay_id: func.coalesce(columns.replay_id, replay["id"]),
-            columns.due_at: case((free, soon), else_=columns.due_at),
-            columns.attempts: case((free, 0), else_=columns.attempts),
-            columns.planned_at: None,
-        }
-        tx.connection.execute(update(deliveries).where(columns.id.in_(pending)).values(values))
-        tx.due.add("redeliver")
-    reached = select(columns.event_id).where(mine, columns.state != "dead")
-    return set(tx.connection.execute(reached).scalars())
+    mine = and_(columns.event_id.in_(event_ids), columns.endpoint_id == endpoint.id)
+    pending = select(columns.id).where(mine, columns.state == "pending")
+    pending = pending.with_for_update(skip_locked=True)
+    free = columns.lease_until.is_(None)
+    soon = max(tx.now, endpoint.paused_until or 0)
+    values: dict[Any, Any] = {
+        columns.replay_id: func.coalesce(columns.replay_id, replay["id"]),
+        columns.due_at: case((free, soon), else_=columns.due_at),
+        columns.attempts: case((free, 0), else_=columns.attempts),
+        columns.planned_at: None,
+    }
+    tx.connection.execute(update(deliveries).where(columns.id.in_(pending)).values(values))
 
 
 @one_by_one

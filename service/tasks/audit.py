@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import delete, insert, select
 
 from service.db.batching import BatchingStore
-from service.db.counters import next_numbers
+from service.db.counters import number
 from service.db.operator_tables import audit
 from service.db.paging import Row
 from service.db.transaction import Transaction, one_by_one
@@ -85,11 +85,9 @@ def append(tx: Transaction, items: Mapping[str, ActEntry]) -> None:
     known = select(audit.c.id).where(audit.c.id.in_(list(items)))
     there = set(tx.connection.execute(known).scalars())
     rows = [asdict(entry) | {"time": tx.now} for id, entry in items.items() if id not in there]
-    if not rows:
-        return
-    for row, sequence in zip(rows, next_numbers(tx, "audit", len(rows)), strict=True):
-        row["sequence"] = sequence
-    tx.connection.execute(insert(audit), rows)
+    if rows:
+        number(tx, "audit", rows)
+        tx.connection.execute(insert(audit), rows)
 
 
 async def acted(
@@ -112,22 +110,6 @@ async def acted(
         detail=entry.detail,
     )
     return result
-
-
-def audit_entries(
-    connection: Connection, after: str | None, limit: int, where: Mapping[str, str | None]
-) -> list[Row] | None:
-    """Entries in their order, after the one with this id. None: there is no such entry."""
-    statement = select(audit)
-    for name, value in where.items():
-        if value is not None:
-            statement = statement.where(audit.c[name] == value)
-    if after is not None:
-        named = select(audit.c.sequence).where(audit.c.id == after)
-        if (sequence := connection.scalar(named)) is None:
-            return None
-        statement = statement.where(audit.c.sequence > sequence)
-    return list(connection.execute(statement.order_by(audit.c.sequence).limit(limit)).mappings())
 
 
 def entry_document(row: Row) -> JSON:

@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from service.credits import credits_number, credits_text
-from service.db.money_tables import budgets, ledger
+from service.db.operator_tables import budgets, ledger
 from service.db.paging import Row, Selection, matching
 from service.db.transaction import Transaction
 from service.errors import ApiError

@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import Connection, delete, select
 from structlog.contextvars import bind_contextvars
 
-from service.db.inbox_table import inbox
+from service.db.tables import inbox
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 from service.ops import tracing

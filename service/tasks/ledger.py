@@ -14,8 +14,8 @@ import structlog
 from sqlalchemy import Connection, bindparam, func, select
 
 from service.credits import credits_number
-from service.db.counters import next_numbers
-from service.db.money_tables import ledger
+from service.db.counters import number
+from service.db.operator_tables import ledger
 from service.db.prepared import run, run_many
 from service.db.transaction import Transaction, inserting
 from service.events.outbox import log_emitted, origin_of
@@ -85,8 +85,7 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]])
     ]
     if not rows:
         return
-    for row, sequence in zip(rows, next_numbers(tx, "ledger", len(rows)), strict=True):
-        row["sequence"] = sequence
+    number(tx, "ledger", rows)
     run_many(tx.connection, inserting(ledger), rows)
     tx.posted += rows
     tx.origins |= {row.id: row.origin for row, *_ in items.values()}

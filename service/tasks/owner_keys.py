@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from service.db.key_tables import api_keys
+from service.db.operator_tables import api_keys
 from service.db.paging import Row, Selection, page
 from service.db.tables import endpoints, owners, tasks
 from service.db.transaction import Transaction, one_by_one

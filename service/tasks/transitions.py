@@ -5,8 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Exists, Select, bindparam, delete, exists, or_, select
 
-from service.db.inbox_table import inbox
-from service.db.tables import images, steps, tasks
+from service.db.tables import images, inbox, steps, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases

@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, Select, Table, cast, func, select
 
-from service.db.money_tables import ledger
-from service.db.paging import Row, matching
+from service.db.operator_tables import ledger
+from service.db.paging import matching
 from service.db.tables import images, tasks
 from service.strict_json import JSON
 from service.tasks.ledger import ADJUST, CHARGE, ESTIMATE, REFUND, RESERVE
@@ -119,19 +119,6 @@ def totals(rows: Sequence[UsageFigures]) -> UsageFigures:
     for row in rows:
         total.add(**{field.name: getattr(row, field.name) for field in fields(row)})
     return total
-
-
-def ledger_entries(
-    connection: Connection, owner: str | None, task: str | None, after: str | None, limit: int
-) -> list[Row] | None:
-    """Entries in their order, after the one with this id. None: there is no such entry."""
-    statement = matching(select(ledger), ledger, owner=owner, task_id=task)
-    if after is not None:
-        named = matching(select(ledger.c.sequence), ledger, owner=owner, id=after)
-        if (sequence := connection.scalar(named)) is None:
-            return None
-        statement = statement.where(ledger.c.sequence > sequence)
-    return list(connection.execute(statement.order_by(ledger.c.sequence).limit(limit)).mappings())
 
 
 def figures_document(figures: UsageFigures, number: Any) -> JSON:

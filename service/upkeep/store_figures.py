@@ -5,10 +5,9 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, update
 
-from service.db.inbox_table import inbox
 from service.db.list_indexes import UNFINISHED
 from service.db.queues import QUEUES
-from service.db.tables import counters, deliveries, images, tasks
+from service.db.tables import counters, deliveries, images, inbox, tasks
 from service.db.transaction import Transaction
 from service.tasks.ledger import ADJUST, CHARGE, ESTIMATE, REFUND
 from service.tasks.state import TERMINAL, State

@@ -7,12 +7,13 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
+from service.db.counters import numbered_page
 from service.db.paging import PAGE_BYTES, Row, Selection, courtesy, in_batches, that_fit
-from service.errors import invalid_request
+from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, compact_json
 from service.upstreams.field_values import shown
 from service.web.auth import caller_of
@@ -75,6 +76,20 @@ async def page(
         items = items[:limit]
         cursor = "{}.{}".format(*items[-1][0])
     return page_answer(request, [document for _, document in items], next_cursor=cursor)
+
+
+async def numbered_list(
+    request: Request, table: Table, ids: str, shown: Callable[[Row], JSON], **where: str | None
+) -> Response:
+    """Rows of a sequence, oldest first, from the one on that the query names in `after`."""
+    limit = query_limit(request)
+    after = query_text(request, "after", pattern=ids, such_as="the id of an entry")
+    store = resources_of(request).store
+    rows = await store.read(numbered_page, table, after, limit + 1, **where)
+    if rows is None:
+        raise ApiError(404, "entry_not_found", "after: no entry has that id", param="after")
+    cursor = rows[limit - 1]["id"] if len(rows) > limit else None
+    return JSONResponse({"data": [shown(row) for row in rows[:limit]], "next_cursor": cursor})
 
 
 def page_answer(request: Request, documents: list[bytes], **rest: object) -> Response:

@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-from service.db.key_tables import api_keys
+from service.db.operator_tables import api_keys
 from service.db.tables import owners
 from service.tasks import owner_keys, task_queries
 from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from service.db.money_tables import budgets, ledger
+from service.db.operator_tables import budgets, ledger
 from service.db.paging import Selection
 from service.db.tables import events, tasks
 from service.db.transaction import Transaction

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 from sqlalchemy import update
 
-from service.db.money_tables import ledger
+from service.db.operator_tables import ledger
 from service.db.tables import tasks
 from service.db.transaction import Transaction
 from service.queue.crashes import FAULT_LIMIT, Fault, record_faults

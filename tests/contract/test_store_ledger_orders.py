@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.db.money_tables import ledger
+from service.db.operator_tables import ledger
 from service.db.transaction import Transaction
 from service.tasks.admin import reconcile_tasks
 from service.tasks.cancel import Cancellation, cancel_tasks

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError
 
+from service.db.counters import numbered_page
 from service.db.operator_tables import audit
 from service.db.tables import images, steps, tasks
 from service.db.transaction import Lease, Transaction
@@ -13,16 +14,7 @@ from service.ops.metrics import Metrics
 from service.queue import leases
 from service.queue.crashes import CRASH_LIMIT, FAULT_LIMIT, claim_candidates, record_faults
 from service.tasks.admin import reconcile_tasks
-from service.tasks.audit import (
-    Act,
-    ActEntry,
-    always,
-    audit_entries,
-    forget_acts,
-    nothing,
-    perform,
-    unless_refused,
-)
+from service.tasks.audit import Act, ActEntry, always, forget_acts, nothing, perform, unless_refused
 from service.tasks.bulk import BulkPage, TaskFilter, act_on_pages, count_tasks
 from service.tasks.pause import (
     HOLD_MS,
@@ -195,12 +187,12 @@ async def test_readers_of_the_audit_continue_after_an_entry(subject: Subject) ->
     await subject.batch(perform, acts)
     ids = [each.entry.id for each in acts]
     read = subject.store.read
-    first = await read(audit_entries, None, 2, {})
+    first = await read(numbered_page, audit, None, 2)
     assert first is not None
-    then = await read(audit_entries, first[-1]["id"], 10, {"action": "test.act", "owner": None})
+    then = await read(numbered_page, audit, first[-1]["id"], 10, action="test.act", owner=None)
     assert then is not None
     assert [row["id"] for row in (*first, *then)] == ids
-    assert await read(audit_entries, "act_gone", 10, {}) is None
+    assert await read(numbered_page, audit, "act_gone", 10) is None
 
 
 async def test_retention_deletes_old_entries_alone(subject: Subject) -> None:

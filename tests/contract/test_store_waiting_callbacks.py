@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.db.inbox_table import inbox
-from service.db.tables import callbacks
+from service.db.tables import callbacks, inbox
 from service.db.transaction import Transaction
 from service.tasks.inbox_worker import Judged, Waiting, insert_callbacks, judge_callbacks
 from service.tasks.inbox_worker import waiting_tasks as waiting

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy import event as statements
 from starlette.responses import Response
 
-from service.db.money_tables import ledger
+from service.db.operator_tables import ledger
 from service.db.tables import images as image_table
 from service.db.tables import tasks as task_table
 from service.db.transaction import Transaction

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, Engine, event
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.db.inbox_table import inbox
 from service.db.postgres import PostgresStore
+from service.db.tables import inbox
 from service.tasks import inbox_worker
 from service.tasks.callbacks import KEPT
 from service.tasks.inbox_worker import insert_callbacks

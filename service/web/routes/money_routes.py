@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.credits import credits_number, millionths
+from service.db.operator_tables import ledger
 from service.db.paging import Row
-from service.errors import ApiError, invalid_request
+from service.errors import invalid_request
 from service.ids import rfc3339
 from service.strict_json import JSON
 from service.tasks import usage
@@ -22,7 +23,7 @@ from service.web.acts import perform
 from service.web.bodies import asks_for, query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
 from service.web.field_schemas import OWNER
-from service.web.list_page import page, query_limit
+from service.web.list_page import numbered_list, page, query_limit
 from service.web.money_schemas import BudgetChange
 from service.web.parameters import ENTRY_ID
 
@@ -32,17 +33,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # at the beginning, a spreadsheet ru
 
 async def entries(request: Request) -> Response:
     """List the entries of the ledger, oldest first."""
-    limit, owner = query_limit(request), query_owner(request)
-    task = query_text(request, "task")
-    after = query_text(request, "after", pattern=ENTRY_ID, such_as="the id of an entry")
-    store = resources_of(request).store
-    rows = await store.read(usage.ledger_entries, owner, task, after, limit + 1)
-    if rows is None:
-        message = "after: no entry of yours has that id"
-        raise ApiError(404, "entry_not_found", message, param="after")
-    cursor = rows[limit - 1]["id"] if len(rows) > limit else None
-    data = [entry_document(row) for row in rows[:limit]]
-    return JSONResponse({"data": data, "next_cursor": cursor})
+    owner, task = query_owner(request), query_text(request, "task")
+    return await numbered_list(request, ledger, ENTRY_ID, entry_document, owner=owner, task_id=task)
 
 
 def entry_document(row: Row) -> JSON:

@@ -5,16 +5,17 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import ApiError, invalid_request
+from service.db import operator_tables
+from service.errors import invalid_request
 from service.strict_json import JSON
-from service.tasks.audit import audit_entries, entry_document
+from service.tasks.audit import entry_document
 from service.tasks.bulk import MOST, BulkPage, BulkResult, TaskFilter, act_on_pages, count_tasks
 from service.tasks.pause import PauseChange, change_pause, pause_document
 from service.web.acts import perform
 from service.web.auth import caller_of
 from service.web.bodies import filter_of, query_owner, query_text, read_model
 from service.web.context import context_of, resources_of
-from service.web.list_page import query_limit
+from service.web.list_page import numbered_list
 from service.web.operator_schemas import (
     BulkAct,
     BulkBody,
@@ -55,15 +56,9 @@ async def doctor(request: Request) -> Response:
 
 async def audit(request: Request) -> Response:
     """List the acts of operators and owners, oldest first."""
-    limit, where = query_limit(request), {"owner": query_owner(request)}
-    where |= {name: query_text(request, name) for name in ("action", "target")}
-    after = query_text(request, "after", pattern=ACT_ID, such_as="the id of an entry")
-    rows = await resources_of(request).store.read(audit_entries, after, limit + 1, where)
-    if rows is None:
-        raise ApiError(404, "entry_not_found", "after: no entry has that id", param="after")
-    cursor = rows[limit - 1]["id"] if len(rows) > limit else None
-    data = [entry_document(row) for row in rows[:limit]]
-    return JSONResponse({"data": data, "next_cursor": cursor})
+    where = {name: query_text(request, name) for name in ("action", "target")}
+    where["owner"] = query_owner(request)
+    return await numbered_list(request, operator_tables.audit, ACT_ID, entry_document, **where)
 
 
 async def reconcile(request: Request) -> Response:
