@@ -10,7 +10,8 @@ from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction, changing, inserting, one_by_one
 from service.events import delivery_order, failures, outbox
-from service.events.endpoints import DeliveryAttempt, lock_endpoint, note_attempt, type_of
+from service.events.endpoint_health import note_attempt, type_of
+from service.events.endpoints import DeliveryAttempt, lock_endpoint
 from service.events.outbox import ORIGIN, DeliveryToSend
 from service.ops.tracing import Origin
 from service.queue import leases

@@ -1,13 +1,96 @@
-"""The health of an endpoint: what its latest attempts say."""
+"""The health of an endpoint: what its latest attempts say, and how it fails, is disabled and
+recovers.
+"""
 
-from sqlalchemy import Connection, Float, Label, func, literal_column, select
+from sqlalchemy import Connection, select
 
 from service.db.paging import Row
-from service.db.tables import attempts, endpoints
+from service.db.tables import attempts, events
+from service.db.transaction import Transaction
+from service.events import outbox
+from service.events.endpoints import (
+    HEALTH_MS,
+    SAMPLE,
+    DeliveryAttempt,
+    EndpointRow,
+    bring_forward,
+    end_pending_deliveries,
+    lock_endpoint,
+    update_endpoint,
+)
 from service.ids import rfc3339
 from service.strict_json import JSON
 
-HEALTH_MS, BUCKETS, SAMPLE = 24 * 3_600_000, 24, 500
+BUCKETS = 24  # of the chart
+QUIET_MS = 60_000  # operators hear of a recovery at most once in so long
+
+
+def note_attempt(
+    tx: Transaction,
+    row: Row,
+    result: str,
+    attempt: DeliveryAttempt,
+    disable_after_ms: int = 0,
+    *,
+    manual: bool = False,
+    more: bool = False,
+) -> None:
+    """Notes success and failure of a delivery on its endpoint. Disables it after 410, or when every
+    attempt has failed for `disable_after_ms`. A failed manual attempt does not start that time.
+
+    The first success after failures brings waiting deliveries forward. Each of them that succeeds
+    brings `more` of them.
+    """
+    endpoint = lock_endpoint(tx, endpoint_id := row["endpoint_id"])
+    if endpoint is None or endpoint.status == "disabled":
+        return
+    if attempt.url not in (None, endpoint.url):
+        return
+    if result == "delivered":
+        if endpoint.failing_since is not None:
+            recovered(tx, endpoint, tell=type_of(tx, row) != "endpoint.recovered")
+        elif more:
+            bring_forward(tx, endpoint, more=True)
+        return
+    since = endpoint.failing_since
+    values = {"failing_since": tx.now} if since is None and not manual else {}
+    if attempt.pause_ms:
+        values["paused_until"] = max(tx.now + attempt.pause_ms, endpoint.paused_until or 0)
+    update_endpoint(tx, endpoint_id, **values)
+    if result == "gone":
+        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
+    elif since is not None and tx.now - since >= disable_after_ms > 0:
+        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
+
+
+def recovered(tx: Transaction, endpoint: EndpointRow, *, tell: bool) -> None:
+    """The endpoint takes deliveries again. The operators' event comes at most once a minute, so
+    that an endpoint that fails now and then does not fill the outbox.
+    """
+    since, last = endpoint.failing_since, endpoint.recovered_at
+    assert since is not None
+    tell = tell and (last is None or not 0 <= tx.now - last < QUIET_MS)
+    told = {"recovered_at": tx.now} if tell else {}
+    update_endpoint(tx, endpoint.id, failing_since=None, **told)
+    bring_forward(tx, endpoint)
+    if tell:
+        data: JSON = {"endpoint_id": endpoint.id, "failing_since": rfc3339(since)}
+        data |= {"recovered_at": rfc3339(tx.now), "seconds": round((tx.now - since) / 1000, 1)}
+        outbox.emit_operators(tx, "endpoint.recovered", data)
+
+
+def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
+    """Disables an endpoint: its pending deliveries are dead, and it gets no new ones."""
+    values = {"disabled_at": tx.now, "disabled_reason": reason}
+    update_endpoint(tx, endpoint_id, status="disabled", status_since=tx.now, **values)
+    end_pending_deliveries(tx, endpoint_id)
+    data = {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": rfc3339(tx.now)}
+    outbox.emit_operators(tx, "endpoint.disabled", data)
+
+
+def type_of(tx: Transaction, row: Row) -> str | None:
+    """The type of a delivery's event."""
+    return tx.connection.scalar(select(events.c.type).where(events.c.id == row["event_id"]))
 
 
 def recent_attempts(connection: Connection, endpoint_id: str, now: int) -> list[Row]:
@@ -17,15 +100,6 @@ def recent_attempts(connection: Connection, endpoint_id: str, now: int) -> list[
     statement = select(columns.time, columns.error, columns.duration_ms).where(*mine)
     statement = statement.order_by(columns.time.desc()).limit(SAMPLE)
     return list(connection.execute(statement).mappings())
-
-
-def success_rate(now: int) -> Label[float | None]:
-    """The column `success_rate` of endpoints: the share of the same attempts that succeeded."""
-    mine = (attempts.c.endpoint_id == endpoints.c.id, attempts.c.time >= now - HEALTH_MS)
-    share = literal_column("CASE WHEN error IS NULL THEN 1.0 ELSE 0.0 END", Float)
-    latest = select(share.label("good")).where(*mine).order_by(attempts.c.time.desc()).limit(SAMPLE)
-    sample = latest.correlate(endpoints).subquery()
-    return select(func.avg(sample.c.good)).scalar_subquery().label("success_rate")
 
 
 def health_document(rows: list[Row], now: int) -> JSON:

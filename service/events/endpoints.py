@@ -1,24 +1,22 @@
-"""Endpoints: rows, changes, what attempts do to them, and the deliveries that wait for them."""
+"""Endpoints: rows, changes, and the deliveries that wait for them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sqlalchemy import Connection, Update, case, delete, func, insert, select, update
+from sqlalchemy import Connection, Label, Update, case, delete, func, insert, select, update
 
 from service.db.paging import Row, Selection, matching, page
-from service.db.tables import ZERO, counters, deliveries, endpoints, events
+from service.db.tables import ZERO, attempts, counters, deliveries, endpoints
 from service.db.transaction import Transaction, one_by_one
-from service.events import failures, outbox
-from service.events.endpoint_health import success_rate
-from service.ids import rfc3339
+from service.events import failures
 from service.strict_json import JSON
 
 # Waiting deliveries that are due at once when their endpoint works again, and then for each of them
 # that is delivered.
 FORWARD, MORE = 1000, 2
 MAX_ENDPOINTS = 100  # of one owner
-QUIET_MS = 60_000  # an endpoint recovers at most once in so long
+HEALTH_MS, SAMPLE = 24 * 3_600_000, 500  # the attempts that count for the success rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,15 @@ def lock_endpoint(tx: Transaction, id: str, owner: str | None = None) -> Endpoin
     return EndpointRow(*row) if row is not None else None
 
 
+def success_rate(now: int) -> Label[float | None]:
+    """The column `success_rate` of endpoints: the share of the same attempts that succeeded."""
+    mine = (attempts.c.endpoint_id == endpoints.c.id, attempts.c.time >= now - HEALTH_MS)
+    share = case((attempts.c.error.is_(None), 1.0), else_=0.0)
+    latest = select(share.label("good")).where(*mine).order_by(attempts.c.time.desc()).limit(SAMPLE)
+    sample = latest.correlate(endpoints).subquery()
+    return select(func.avg(sample.c.good)).scalar_subquery().label("success_rate")
+
+
 def endpoint_row(connection: Connection, id: str, owner: str | None) -> Row | None:
     statement = matching(select(endpoints), endpoints, id=id, owner=owner)
     return connection.execute(statement).mappings().first()
@@ -89,31 +96,6 @@ def endpoint_list(connection: Connection, wanted: Selection, *, now: int) -> lis
 def update_endpoint(tx: Transaction, endpoint_id: str, **values: Any) -> None:
     if values:
         tx.connection.execute(update(endpoints).where(endpoints.c.id == endpoint_id).values(values))
-
-
-def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
-    """Disables an endpoint: its pending deliveries are dead, and it gets no new ones."""
-    values = {"disabled_at": tx.now, "disabled_reason": reason}
-    update_endpoint(tx, endpoint_id, status="disabled", status_since=tx.now, **values)
-    end_pending_deliveries(tx, endpoint_id)
-    data = {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": rfc3339(tx.now)}
-    outbox.emit_operators(tx, "endpoint.disabled", data)
-
-
-def recovered(tx: Transaction, endpoint: EndpointRow, *, tell: bool) -> None:
-    """The endpoint takes deliveries again. The operators' event comes at most once a minute, so
-    that an endpoint that fails now and then does not fill the outbox.
-    """
-    since, last = endpoint.failing_since, endpoint.recovered_at
-    assert since is not None
-    tell = tell and (last is None or not 0 <= tx.now - last < QUIET_MS)
-    told = {"recovered_at": tx.now} if tell else {}
-    update_endpoint(tx, endpoint.id, failing_since=None, **told)
-    bring_forward(tx, endpoint)
-    if tell:
-        data: JSON = {"endpoint_id": endpoint.id, "failing_since": rfc3339(since)}
-        data |= {"recovered_at": rfc3339(tx.now), "seconds": round((tx.now - since) / 1000, 1)}
-        outbox.emit_operators(tx, "endpoint.recovered", data)
 
 
 def end_pending_deliveries(tx: Transaction, endpoint_id: str) -> None:
@@ -157,49 +139,6 @@ def bring_forward(tx: Transaction, endpoint: EndpointRow, *, more: bool = False)
         update(deliveries).where(deliveries.c.id.in_(select(due.c.id))).values(values)
     )
     tx.due.update(("deliver", "redeliver"))
-
-
-def type_of(tx: Transaction, row: Row) -> str | None:
-    """The type of a delivery's event."""
-    return tx.connection.scalar(select(events.c.type).where(events.c.id == row["event_id"]))
-
-
-def note_attempt(
-    tx: Transaction,
-    row: Row,
-    result: str,
-    attempt: DeliveryAttempt,
-    disable_after_ms: int = 0,
-    *,
-    manual: bool = False,
-    more: bool = False,
-) -> None:
-    """Notes success and failure of a delivery on its endpoint. Disables it after 410, or when every
-    attempt has failed for `disable_after_ms`. A failed manual attempt does not start that time.
-
-    The first success after failures brings waiting deliveries forward. Each of them that succeeds
-    brings `more` of them.
-    """
-    endpoint = lock_endpoint(tx, endpoint_id := row["endpoint_id"])
-    if endpoint is None or endpoint.status == "disabled":
-        return
-    if attempt.url not in (None, endpoint.url):
-        return
-    if result == "delivered":
-        if endpoint.failing_since is not None:
-            recovered(tx, endpoint, tell=type_of(tx, row) != "endpoint.recovered")
-        elif more:
-            bring_forward(tx, endpoint, more=True)
-        return
-    since = endpoint.failing_since
-    values = {"failing_since": tx.now} if since is None and not manual else {}
-    if attempt.pause_ms:
-        values["paused_until"] = max(tx.now + attempt.pause_ms, endpoint.paused_until or 0)
-    update_endpoint(tx, endpoint_id, **values)
-    if result == "gone":
-        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
-    elif since is not None and tx.now - since >= disable_after_ms > 0:
-        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
 
 
 def _pending(endpoint_id: str) -> Update:

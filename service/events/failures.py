@@ -45,7 +45,8 @@ def after(
 ) -> dict[str, Any]:
     """The columns after an attempt, or after an end without one: `status` and `error` are None."""
     if result == "delivered":
-        settle(tx, row)
+        if row["replay_id"] is not None or row["cause"] is not None:
+            supersede(tx, [row])
         return {**SETTLED, "last_status": status}
     if status is not None or error is not None:
         return {**failed(row, cause_of(status, error), tx.now), "last_status": status}
@@ -62,13 +63,6 @@ def ended(now: int, cause: str) -> dict[Any, Any]:
         columns.failed_since: func.coalesce(columns.failed_since, now),
         columns.failed_at: func.coalesce(columns.failed_at, now),
     }
-
-
-def settle(tx: Transaction, row: Row) -> None:
-    """The endpoint has the event: earlier deliveries of it, which are dead, count no more."""
-    if row["replay_id"] is None and row["cause"] is None:
-        return
-    supersede(tx, [row])
 
 
 def failure_groups(connection: Connection, owner: str | None, endpoint: str | None) -> list[Row]:
@@ -93,7 +87,7 @@ def failure_groups(connection: Connection, owner: str | None, endpoint: str | No
 
 
 def supersede(tx: Transaction, rows: Sequence[Row]) -> None:
-    """New deliveries of a replay stand for the dead ones of the same events and endpoints."""
+    """Dead deliveries of the same events and endpoints count no more: these stand for them."""
     for endpoint_id in {row["endpoint_id"] for row in rows}:
         ids = [row["event_id"] for row in rows if row["endpoint_id"] == endpoint_id]
         same = columns.endpoint_id.is_not_distinct_from(endpoint_id)

@@ -23,17 +23,19 @@ from service.errors import StoreUnavailable
 from service.events import outbox
 from service.ids import rfc3339, rfc3339_or_none
 from service.ops.metrics import Metrics
+from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import hold, lock_leased
+from service.tasks.transitions import hold, lock
 
 SUBMISSION = "submission"  # the row's name
 LOOK_S = 15.0  # without a hint, how late a process sees the pause of another
 HOLD_MS = 3_600_000
 AT_ONCE = 500  # tasks that become due in one transaction
 _COLUMNS = pauses.c.paused_at, pauses.c.reason, pauses.c.key_id  # of a `Pause`
-_row = select(*_COLUMNS).where(pauses.c.name == SUBMISSION)
+_ROW = select(*_COLUMNS).where(pauses.c.name == SUBMISSION)
+_SHARED = _ROW.with_for_update(read=True)  # does not change until the transaction ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,7 @@ class Pause:
         return None if self.paused_at is None else f"held: submission is paused: {self.reason}"
 
 
-def submission_pause(connection: Connection) -> Pause:
-    return _pause(connection, _row)
-
-
-def _pause(connection: Connection, statement: Select[Any]) -> Pause:
+def submission_pause(connection: Connection, statement: Select[Any] = _ROW) -> Pause:
     row = connection.execute(statement).first()
     return Pause(*row) if row else Pause()
 
@@ -66,11 +64,6 @@ def with_pause(statement: Select[Any]) -> Select[Any]:
     statement = statement.add_columns(*_COLUMNS).join(pauses, pauses.c.name == SUBMISSION)
     locked = statement.with_for_update(of=tasks)
     return locked.suffix_with("FOR SHARE OF pauses", dialect="postgresql")
-
-
-def locked_pause(tx: Transaction) -> Pause:
-    """The pause, which does not change until the transaction ends."""
-    return _pause(tx.connection, _row.with_for_update(read=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +78,7 @@ def change_pause(tx: Transaction, item: PauseChange) -> tuple[Pause, bool]:
     """Pauses or resumes submission. Returns the pause, and whether it began or ended. A pause that
     is under way takes the new reason.
     """
-    since = _pause(tx.connection, _row.with_for_update()).paused_at
+    since = submission_pause(tx.connection, _ROW.with_for_update()).paused_at
     after = Pause(tx.now if since is None else since, item.reason, item.key_id)
     if not item.paused:
         after = Pause()
@@ -104,14 +97,13 @@ def change_pause(tx: Transaction, item: PauseChange) -> tuple[Pause, bool]:
 
 def hold_paused(tx: Transaction, items: Sequence[Lease]) -> list[bool]:
     """Holds claimed tasks while submission is paused. False: it is not, or the lease was lost."""
-    pause = locked_pause(tx)
-    found = lock_leased(tx, [_Held(item) for item in items])
-    return [row is not None and held_back(tx, row, pause) for _, row in found]
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    lease: Lease
+    pause = submission_pause(tx.connection, _SHARED)
+    rows = lock(tx, (lease.key for lease in items))
+    found = ((lease, rows.get(lease.key)) for lease in items)
+    return [
+        row is not None and leases.holds(lease, row) and held_back(tx, row, pause)
+        for lease, row in found
+    ]
 
 
 def held_back(tx: Transaction, row: TaskRow, pause: Pause) -> bool:
@@ -143,7 +135,7 @@ def release_held(tx: Transaction, limit: int, *where: Any) -> int:
 @one_by_one
 def release_paused(tx: Transaction, limit: int) -> int:
     """Makes held tasks of every process due, unless submission is paused."""
-    if locked_pause(tx).paused_at is not None:
+    if submission_pause(tx.connection, _SHARED).paused_at is not None:
         return 0
     return release_held(tx, limit, tasks.c.submit_lease_owner.is_not(None))
 
@@ -181,19 +173,13 @@ async def watched_pause(store: BatchingStore, metrics: Metrics) -> PauseWatch:
     return watch
 
 
-def waiting_tasks(connection: Connection) -> int:
-    """How many tasks wait for their submission."""
-    waiting = select(func.count()).where(tasks.c.state == State.QUEUED.value)
-    count: int = connection.execute(waiting).scalar_one()
-    return count
-
-
 def pause_document(connection: Connection) -> JSON:
     pause = submission_pause(connection)
+    waiting = select(func.count()).where(tasks.c.state == State.QUEUED.value)
     return {
         "paused": pause.paused_at is not None,
         "reason": pause.reason,
         "since": rfc3339_or_none(pause.paused_at),
         "key_id": pause.key_id,
-        "waiting": waiting_tasks(connection),
+        "waiting": connection.execute(waiting).scalar_one(),
     }

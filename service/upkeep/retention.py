@@ -19,7 +19,7 @@ from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.tasks.audit import FORGOTTEN, forget_acts
+from service.tasks.audit import forget_acts
 from service.tasks.files import forget_file_rows, forget_files
 from service.tasks.upstream_copies import InputCopies
 from service.upkeep import retention_sql
@@ -73,7 +73,8 @@ class Retention:
         before = self.clock() - round(self.days * DAY_MS)
         try:
             await self._events(before, removed)
-            await self._repeat(retention_sql.forget_replays, before, retention_sql.REPLAYS)
+            while await self._write(retention_sql.forget_replays, before):
+                pass
             while (stripped := await self._write(retention_sql.strip_tasks, before)).tasks:
                 removed["tasks"] += stripped.tasks
                 await self._delete(stripped.blobs)
@@ -82,7 +83,8 @@ class Retention:
                 await self._delete(blobs)
             await self._write(forget_file_rows, self.clock())
             before = self.clock() - round(self.audit_days * DAY_MS)
-            await self._repeat(forget_acts, before, FORGOTTEN)
+            while await self._write(forget_acts, before):
+                pass
             if self.image_days is not None:
                 before = self.clock() - round(self.image_days * DAY_MS)
                 while blobs := await self._write(retention_sql.forget_images, before):
@@ -100,30 +102,12 @@ class Retention:
     async def _events(self, before: int, removed: dict[str, int]) -> None:
         last, read = 0, self.resources.store.read
         while (page := await read(retention_sql.old_events, last, before)) is not None:
-            await self._repeat(
-                retention_sql.forget_deliveries,
-                page.events,
-                retention_sql.DELIVERIES,
-                removed,
-                "deliveries",
-            )
+            count = retention_sql.DELIVERIES
+            while count == retention_sql.DELIVERIES:  # there may be more
+                count = await self._write(retention_sql.forget_deliveries, page.events)
+                removed["deliveries"] += count
             removed["events"] += await self._write(retention_sql.forget_events, page.events)
             last = page.last
-
-    async def _repeat(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[int]],
-        item: Item,
-        limit: int,
-        removed: dict[str, int] | None = None,
-        kind: str = "",
-    ) -> None:
-        """Repeats an operation as long as it takes its limit of rows, and counts them."""
-        count = limit
-        while count == limit:
-            count = await self._write(operation, item)
-            if removed is not None:
-                removed[kind] += count
 
     async def _write(
         self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item
