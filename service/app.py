@@ -43,7 +43,7 @@ from service.tasks.pause import PauseWatch, watched_pause
 from service.tasks.submit_worker import SubmitWorker
 from service.tasks.task_queries import tasks_by_id
 from service.tasks.transitions import dead_letter_task
-from service.upkeep.heartbeats import WorkerWatch
+from service.upkeep.heartbeats import workers_missing
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
@@ -170,7 +170,8 @@ def make_context(
     stopping: Stopping,
 ) -> Context:
     admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
-    pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
+    pool, since = stopping.pool, resources.store.clock()
+    missing = None if role.workers else partial(workers_missing, resources.store, since)
     days, least = settings.file_retention_days, settings.min_free_bytes
     files = InputFiles(resources, validator, days, least, settings.max_image_bytes)
     unpriced, inputs = settings.unpriced == "allow", InputResolver(files, catalogue)
@@ -194,20 +195,23 @@ def make_context(
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),
         stopping=stopping,
-        doctor=lambda: examined(settings, resources, pool, None if role.workers else watch),
+        doctor=lambda: examined(settings, resources, pool, missing),
         workers_alive=(lambda: pool.alive) if role.workers else None,
-        worker_watch=None if role.workers else watch,
+        workers_missing=missing,
     )
 
 
 async def examined(
-    settings: Settings, resources: Resources, pool: WorkerPool, watch: WorkerWatch | None
+    settings: Settings,
+    resources: Resources,
+    pool: WorkerPool,
+    missing: Callable[[], Awaitable[bool]] | None,
 ) -> JSON:
     from service.doctor.examination import examine, report
     from service.doctor.patient import living
 
-    working = pool.alive if watch is None else not await watch.missing()
-    async with living(settings, resources, working, calls=watch is None) as patient:
+    working = pool.alive if missing is None else not await missing()
+    async with living(settings, resources, working, calls=missing is None) as patient:
         return report(await examine(patient))
 
 

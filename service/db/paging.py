@@ -44,7 +44,6 @@ def conditions(
 
 
 def matching(statement: Select[Any], table: Any, **values: Any) -> Select[Any]:
-    """Narrows a select by these `conditions`."""
     return statement.where(*conditions(table, **values))
 
 

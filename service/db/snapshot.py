@@ -93,7 +93,6 @@ def stored_images(connection: Connection) -> Iterator[tuple[str, int, str]]:
 
 
 def secrets(connection: Connection) -> list[bytes]:
-    """The encrypted secrets of a store."""
     return [
         secret
         for column in (owners.c.callback_secret, endpoints.c.secret)

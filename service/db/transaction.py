@@ -85,7 +85,6 @@ class Transaction:
         return self.new_id(kind, self.now)
 
     def step(self, task_id: str, step: str, **detail: Any) -> None:
-        """Adds a step to the task's timeline."""
         self.steps.append({"task_id": task_id, "time": self.now, "step": step, "detail": detail})
 
     def defer(self, function: Deferred, key: str, item: object) -> None:

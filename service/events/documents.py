@@ -81,6 +81,5 @@ def replay_document(row: Row, states: Mapping[str, int]) -> JSON:
 
 
 def filter_document(row: Row) -> JSON:
-    """The filter of a replay as its request named it."""
     times = {name: rfc3339_or_none(row[name]) for name in ("since", "until")}
     return {**{name: row[name] for name in row if name != "owner"}, **times}

@@ -89,7 +89,6 @@ def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
 
 
 def type_of(tx: Transaction, row: Row) -> str | None:
-    """The type of a delivery's event."""
     return tx.connection.scalar(select(events.c.type).where(events.c.id == row["event_id"]))
 
 

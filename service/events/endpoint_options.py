@@ -57,7 +57,6 @@ def order_key(options: JSON | None, task_id: str | None, data: JSON) -> str | No
 
 
 def order_keys(tx: Transaction, options: JSON | None, event_ids: Sequence[str]) -> dict[str, str]:
-    """The keys of an ordered endpoint's deliveries, by event."""
     if not (options or {}).get("ordered"):
         return {}
     columns = events.c.id, events.c.task_id, events.c.data

@@ -82,13 +82,11 @@ def endpoint_row(connection: Connection, id: str, owner: str | None) -> Row | No
 
 
 def endpoint_view(connection: Connection, id: str, owner: str | None, now: int) -> Row | None:
-    """The row with its `success_rate`."""
     statement = matching(select(endpoints, success_rate(now)), endpoints, id=id, owner=owner)
     return connection.execute(statement).mappings().first()
 
 
 def endpoint_list(connection: Connection, wanted: Selection, *, now: int) -> list[Row]:
-    """Rows with their `success_rate`."""
     statement = page(select(endpoints, success_rate(now)), endpoints, wanted)
     return list(connection.execute(statement).mappings())
 

@@ -35,7 +35,6 @@ def cause_of(status: int | None, error: str | None) -> str:
 
 
 def failed(row: Row, cause: str, now: int) -> dict[str, Any]:
-    """The columns of a delivery that has failed now."""
     since = row["failed_since"] if row["cause"] == cause else None
     return {"cause": cause, "failed_at": now, "failed_since": now if since is None else since}
 

@@ -86,7 +86,6 @@ def emit(
 
 
 def emit_operators(tx: Transaction, type: str, data: JSON, *, task_id: str | None = None) -> None:
-    """Adds an operators' event."""
     tx.emitted.append(Emitted(tx.id("event"), OPERATORS, type, task_id, data))
 
 
@@ -204,7 +203,6 @@ def _deliveries(
 
 
 def log_emitted(tx: Transaction, metrics: Metrics) -> None:
-    """Logs and measures the events of a committed transaction."""
     for event in tx.emitted:
         origin = origin_of(tx, event.task_id).ids
         fields = {"owner": event.owner, "task_id": event.task_id, **origin}

@@ -36,7 +36,6 @@ def _decode(text: str) -> list[tuple[str, int | None]]:
 
 
 def valid_secrets(text: str, now: int) -> list[str]:
-    """The secrets that sign now."""
     return [secret for secret, until in _decode(text) if until is None or until > now]
 
 

@@ -101,7 +101,6 @@ class Tail:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Around each stream."""
         self.streams += 1
         self._opened.set()
         try:
@@ -126,9 +125,11 @@ class Tail:
                 moved.clear()
                 before = place
                 if self._begin is None or place < self._begin:
-                    entries, place, forgotten = await self._stored(place, wanted)
-                    if max(before, reported) < forgotten:
-                        reported = forgotten
+                    mine = wanted.owner, place, PAGE, wanted.types, wanted.task_id, SENT_SIZE
+                    page = await self._store.read(event_list, self._links, *mine)
+                    entries, place = page.entries, page.last
+                    if max(before, reported) < page.forgotten:
+                        reported = page.forgotten
                         yield Gone(await self._store.read(outbox_begin))
                 else:
                     entries, place = self._buffered(place, wanted)
@@ -138,21 +139,7 @@ class Tail:
                     yield entries
                     quiet_at = clock() + quiet_s
 
-    async def _stored(self, place: int, wanted: StreamFilter) -> tuple[Sequence[Entry], int, int]:
-        """The next entries from the store, the new place, and the last deleted place."""
-        page = await self._store.read(
-            event_list,
-            self._links,
-            wanted.owner,
-            place,
-            PAGE,
-            wanted.types,
-            wanted.task_id,
-            SENT_SIZE,
-        )
-        return page.entries, page.last, page.forgotten
-
-    def _buffered(self, place: int, wanted: StreamFilter) -> tuple[Sequence[Entry], int]:
+    def _buffered(self, place: int, wanted: StreamFilter) -> tuple[list[Entry], int]:
         """The next entries from the buffer, and the new place."""
         start = bisect_right(self._entries, place, key=attrgetter("sequence"))
         kept = self._entries[start : start + PAGE]

@@ -59,8 +59,6 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A final failure."""
-
     reason: str
     quarantined: "Quarantined | None" = None
 
@@ -86,8 +84,6 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """The outcome of fetching `source_url` for one image."""
-
     lease: Lease
     task_id: str
     source_url: str
@@ -104,7 +100,6 @@ _WITH_ORIGIN = (
 def images_and_origins(
     connection: Connection, ids: Sequence[str]
 ) -> dict[str, tuple[ImageRow, Origin]]:
-    """Images by their ids, each with the origin of its task."""
     count, rows = len(IMAGE_COLUMNS), run(connection, _WITH_ORIGIN, {"ids": list(ids)})
     found = ((ImageRow(*row[:count]), Origin(*row[count:])) for row in rows)
     return {image.id: (image, origin) for image, origin in found}
@@ -115,7 +110,6 @@ def image_and_origin(connection: Connection, image_id: str) -> tuple[ImageRow | 
 
 
 def quarantined_bodies(connection: Connection, task_id: str) -> list[JSON]:
-    """The bodies of a task's results that were no image."""
     kept = and_(images.c.state.in_(("pending", "lost")), images.c.blob.is_not(None))
     statement = select_images(images.c.task_id == task_id, kept).order_by(images.c.position)
     return [

@@ -49,7 +49,6 @@ class InputFiles:
     max_bytes: int
 
     def most(self, rule: ImagesField) -> int:
-        """The bytes that a file may have."""
         return self.max_bytes if rule.max_bytes is None else rule.max_bytes
 
     async def check_room(self) -> None:

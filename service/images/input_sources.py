@@ -98,7 +98,7 @@ class InputResolver:
         except ValueError as error:
             raise refusal(f"{place}: {error}") from None
         try:
-            row = await self.files.keep(owner, no_name, once(content), rule, param=place)
+            row = await self.files.keep(owner, lambda: None, once(content), rule, param=place)
         except ApiError as error:
             raise as_refusal(error) from None
         return NamedInput(of_row(row), row.id, row.id, made=True)
@@ -135,10 +135,6 @@ class InputResolver:
 
 def origin_lowered(url: str) -> str:
     return ORIGIN.sub(lambda origin: origin[0].lower(), url)
-
-
-def no_name() -> None:
-    return None
 
 
 async def once(content: bytes) -> AsyncIterator[bytes]:

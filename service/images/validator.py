@@ -84,7 +84,6 @@ class ImageValidator:
 async def open_validator(
     concurrency: int, max_bytes: int, max_pixels: int
 ) -> AsyncIterator[ImageValidator]:
-    """A validator. Its children end at the exit."""
     validator = ImageValidator(concurrency, max_bytes, max_pixels)
     try:
         yield validator

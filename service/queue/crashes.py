@@ -81,7 +81,6 @@ class PoisonCandidate:
 
 @one_by_one
 def claim_candidates(tx: Transaction, item: tuple[str, DeadLetter]) -> PoisonCandidate | None:
-    """Leases a poison candidate of a stage, if one is due."""
     stage, dead_letter = item
     claimed = leases.claim_candidate(tx, stage)
     if claimed is None:

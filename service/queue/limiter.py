@@ -63,7 +63,7 @@ class ConcurrencyLimiter:
         self, concurrency: int, on_limit: Callable[[Kind, int], None] = lambda _kind, _limit: None
     ) -> None:
         clients, patient = max(1, concurrency * 3 // 4), concurrency - concurrency // 8
-        self._kinds: dict[Kind, KindLimit] = {
+        self.kinds: dict[Kind, KindLimit] = {
             "confirm": KindLimit(concurrency),
             "submit": KindLimit(clients),
             "passthrough": KindLimit(max(1, concurrency // 4)),
@@ -76,18 +76,11 @@ class ConcurrencyLimiter:
         )
         self._arrivals = count()
         self._on_limit = on_limit
-        for kind, limit in self._kinds.items():
+        for kind, limit in self.kinds.items():
             on_limit(kind, limit.limit)
 
     def used(self, *kinds: Kind) -> int:
-        """How many calls run, of these kinds or of all."""
-        return sum(self._kinds[kind].used for kind in kinds or RANK)
-
-    def waiting(self, kind: Kind) -> int:
-        return len(self._kinds[kind].waiting)
-
-    def limit(self, kind: Kind) -> int:
-        return self._kinds[kind].limit
+        return sum(self.kinds[kind].used for kind in kinds or RANK)
 
     @asynccontextmanager
     async def slot(
@@ -102,33 +95,33 @@ class ConcurrencyLimiter:
         except TimeoutError:
             raise NoPlace("too many calls to it are under way") from None
         try:
-            yield partial(self._record, kind, self._kinds[kind].generation)
+            yield partial(self._record, kind, self.kinds[kind].generation)
         finally:
             self._leave(kind)
 
     async def _enter(self, kind: Kind) -> None:
         entry = (next(self._arrivals), asyncio.get_running_loop().create_future())
-        self._kinds[kind].waiting.append(entry)
+        self.kinds[kind].waiting.append(entry)
         self._admit()
         try:
             await entry[1]
         except asyncio.CancelledError:
             if entry[1].cancelled():
                 with suppress(ValueError):  # `_admit` has passed it over already
-                    self._kinds[kind].waiting.remove(entry)
+                    self.kinds[kind].waiting.remove(entry)
             else:  # the slot was given in the same turn of the loop
                 self._leave(kind)
             raise
 
     def _leave(self, kind: Kind) -> None:
-        self._kinds[kind].used -= 1
+        self.kinds[kind].used -= 1
         self._admit()
 
     def _admit(self) -> None:
         """Gives every free slot to the call that has the turn."""
         while able := [
             (RANK[kind], limit.waiting[0][0], limit)
-            for kind, limit in self._kinds.items()
+            for kind, limit in self.kinds.items()
             if limit.waiting and self._free(kind)
         ]:
             _, _, limit = min(able, key=lambda each: each[:2])
@@ -138,13 +131,13 @@ class ConcurrencyLimiter:
                 given.set_result(None)
 
     def _free(self, kind: Kind) -> bool:
-        limit = self._kinds[kind]
+        limit = self.kinds[kind]
         return limit.used < limit.limit and all(
             self.used(*kinds) < slots for kinds, slots in self._shares if kind in kinds
         )
 
     def _record(self, kind: Kind, generation: int, throttled: bool | None) -> None:
-        limit = self._kinds[kind]
+        limit = self.kinds[kind]
         before = limit.limit
         if throttled is not None:
             limit.record(throttled, generation)

@@ -135,7 +135,6 @@ class TaskIntake:
             raise _invalid("callback_url", f"callback_url: {error}") from error
 
     async def _named(self, owner: str, body: JSON) -> list[NamedInput]:
-        """The input images. Raises ApiError 400."""
         entries, mask = body.get("image_urls") or [], body.get("mask_url")
         if not isinstance(entries, list) or not all(isinstance(each, str) for each in entries):
             raise _invalid("image_urls", f"image_urls must be links, not {shown(entries)}")

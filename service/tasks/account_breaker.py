@@ -19,7 +19,6 @@ from service.queue.checkpoints import checkpoint
 from service.queue.stage import log_failure
 from service.resources import Resources
 from service.tasks.pause import release_held
-from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.transitions import change, hold, lock_leased
 from service.upstreams.base import Upstream, throttled
@@ -120,7 +119,6 @@ class AccountBreaker:
             await self._resources.store.write(resume_submissions, AT_ONCE)
 
     async def run(self) -> None:
-        """Sends trial requests until cancelled."""
         while True:
             await self._opened.wait()
             self._trials += 1
@@ -212,18 +210,18 @@ class SubmissionHold:
 
 def hold_submissions(tx: Transaction, items: Sequence[SubmissionHold]) -> list[bool]:
     """Holds tasks. False: the lease was lost."""
-    return [_hold(tx, row, item) if row else False for item, row in lock_leased(tx, items)]
-
-
-def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> bool:
-    give_up_at, due_at = row.created_at + item.give_up_ms, tx.now + item.wait_ms
-    if row.state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved
-        change(tx, row, **leases.release("submit", row.submit_due_at))
-        return True
-    if row.state is State.QUEUED and tx.now < give_up_at:
-        due_at = min(due_at, give_up_at)
-    hold(tx, row, due_at)
-    return True
+    found = list(lock_leased(tx, items))
+    for item, row in found:
+        if row is None:
+            continue
+        give_up_at, due_at = row.created_at + item.give_up_ms, tx.now + item.wait_ms
+        if row.state is State.QUEUED and tx.now < give_up_at:
+            due_at = min(due_at, give_up_at)
+        if row.state in (State.QUEUED, State.UNCERTAIN):
+            hold(tx, row, due_at)
+        else:  # cancelled meanwhile, or proved
+            change(tx, row, **leases.release("submit", row.submit_due_at))
+    return [row is not None for _, row in found]
 
 
 @one_by_one

@@ -55,8 +55,6 @@ def unless_refused(result: str | None) -> tuple[str, None]:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """An operation of the store with one item, and its entry."""
-
     entry: ActEntry
     operation: Callable[[Transaction, Sequence[Any]], Sequence[Any]]
     item: Any
@@ -97,7 +95,6 @@ async def acted(
     item: Any = None,
     judge: Judge = always,
 ) -> Any:
-    """Performs an act and logs it. Returns the result of its operation."""
     result, entry = await store.write(perform, Act(entry, operation, item, judge))
     log.info(
         "admin.action",

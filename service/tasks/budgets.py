@@ -51,7 +51,6 @@ class BudgetState:
         return None if self.limit is None else self.limit - self.spent - self.reserved
 
     def figures(self) -> JSON:
-        """The figures as clients see them."""
         names = ("limit", "spent", "reserved", "left")
         return {name: credits_number(getattr(self, name)) for name in names}
 
@@ -65,7 +64,6 @@ class BudgetRefusal:
 
     @property
     def budget(self) -> JSON:
-        """The figures for programs."""
         own = {"owner": self.state.owner, "period": self.state.period}
         return {**own, **self.state.figures(), "estimate": credits_number(self.needed)}
 
@@ -182,7 +180,6 @@ class BudgetCheck:
 
 
 def over_budget(task: TaskRow, refusal: BudgetRefusal, metrics: Metrics) -> ApiError:
-    """Counts and logs a refusal. Returns the error for the client."""
     metrics.budget_refusals.inc()
     figures = refusal.state.figures()
     log.warning(

@@ -42,7 +42,6 @@ class QueryPlan:
     ttl_s: float = math.inf
 
     def first(self, estimated_time: int | None) -> int:
-        """From the submission to the first query."""
         wait = first_query_wait(estimated_time, self.with_callback, self.after)
         return round(min(wait, self.ttl_s) * 1000)
 

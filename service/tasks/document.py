@@ -12,10 +12,10 @@ from service.tasks.state import State, status_of
 # all other fields. An event is sent to every subscriber and is in every page that has it.
 DOCUMENTED = ("size", "n", "negative_prompt", "prompt_extend", "image_urls")
 DOCUMENTED_BYTES, OTHER_BYTES = 64 << 10, 16 << 10
+SHOWN = ("id", "media_type", "bytes", "sha256", "width", "height")  # of an image
 
 
 def event_task(row: TaskRow, images: Sequence[ImageRow]) -> JSON:
-    """The task as its events keep it."""
     return {**task_document(row, images), "request": shortened(row.request)}
 
 
@@ -68,16 +68,7 @@ def task_document(row: TaskRow, images: Sequence[ImageRow] = ()) -> JSON:
         "warnings": row.warnings or [],
         "inputs": row.inputs or [],
         "images": [
-            {
-                "id": image.id,
-                "index": image.position,
-                "url": None,
-                "media_type": image.media_type,
-                "bytes": image.bytes,
-                "sha256": image.sha256,
-                "width": image.width,
-                "height": image.height,
-            }
+            {"index": image.position, "url": None, **{name: getattr(image, name) for name in SHOWN}}
             for image in images
         ],
     }

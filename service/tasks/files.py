@@ -75,19 +75,9 @@ FILE_COLUMNS = [file_table.c[field.name] for field in fields(FileRow)]
 
 
 def file_document(row: FileRow) -> JSON:
-    """The file of docs/api.md."""
-    return {
-        "id": row.id,
-        "object": "file",
-        "created": row.created_at // 1000,
-        "filename": row.filename,
-        "media_type": row.media_type,
-        "bytes": row.bytes,
-        "width": row.width,
-        "height": row.height,
-        "sha256": row.sha256,
-        "expires_at": rfc3339(row.expires_at),
-    }
+    names = ("id", "filename", "media_type", "bytes", "width", "height", "sha256")
+    times = {"created": row.created_at // 1000, "expires_at": rfc3339(row.expires_at)}
+    return {"object": "file", **{name: getattr(row, name) for name in names}, **times}
 
 
 def select_files(now: int) -> Select[Any]:
@@ -112,7 +102,6 @@ def stored_file(
 
 
 def file_list(connection: Connection, wanted: Selection, now: int) -> list[FileRow]:
-    """Stored files, newest first."""
     return file_rows(connection, page(select_files(now), file_table, wanted))
 
 
@@ -197,7 +186,6 @@ def forget_copies(tx: Transaction, ids: Sequence[str]) -> list[InputCopy]:
 
 
 def input_copies(connection: Connection, ids: Sequence[str]) -> dict[str, InputCopy]:
-    """The upstream's copies of these files and results, by id."""
     columns = [copies.c[field.name] for field in fields(InputCopy)]
     rows = connection.execute(select(*columns).where(copies.c.id.in_(ids)))
     return {row.id: InputCopy(*row) for row in rows}

@@ -153,7 +153,6 @@ class InboxWorker:
             self._recent.clear()
 
     async def run(self) -> None:
-        """Judges until cancelled."""
         with self.resources.store.signals.listen(SIGNAL) as arrived:
             while True:
                 arrived.clear()

@@ -72,7 +72,6 @@ def entered(tx: Transaction, row: TaskRow, source: str | None = None, *, new: bo
 
 
 def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None, bool]]) -> None:
-    """Appends the missing entries of these tasks."""
     changed = [task_id for task_id, item in items.items() if task_id in tx.costs and not item[2]]
     sums = booked(tx.connection, changed) if changed else {}
     rows = [
@@ -99,7 +98,6 @@ _BOOKED = (
 
 
 def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, int]]:
-    """The sums of each task's entries by kind."""
     sums: dict[str, dict[str, int]] = {}
     for task_id, kind, credits in run(connection, _BOOKED, {"task_ids": task_ids}):
         sums.setdefault(task_id, {})[kind] = int(credits)
@@ -140,7 +138,6 @@ def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEn
 
 
 def log_committed(tx: Transaction, metrics: Metrics) -> None:
-    """Logs the events and the entries of a committed transaction."""
     log_emitted(tx, metrics)
     for row in tx.posted:
         log.info(

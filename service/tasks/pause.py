@@ -149,7 +149,6 @@ class PauseWatch:
         self.pause = Pause()
 
     async def run(self) -> None:
-        """Looks until the process stops."""
         signals = self._store.signals
         while not signals.stopping:
             with signals.listen(SUBMISSION) as hint:

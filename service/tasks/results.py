@@ -38,7 +38,6 @@ def named_so_far(tx: Transaction, task_id: str) -> list[str]:
 
 
 def _positions(tx: Transaction, task_id: str) -> set[int]:
-    """The positions of the task's images."""
     tx.write()
     positions = select(images.c.position).where(images.c.task_id == task_id)
     return set(tx.connection.execute(positions).scalars())
@@ -100,7 +99,6 @@ def awaits_link(tx: Transaction, row: ImageRow) -> bool:
 
 
 def links_awaited(tx: Transaction, task_id: str) -> list[ImageRow]:
-    """The images of the task that wait for a fresh link."""
     tx.write()
     pending = select_images(images.c.task_id == task_id, images.c.state == "pending")
     rows = image_rows(tx.connection, pending.order_by(images.c.id).with_for_update())

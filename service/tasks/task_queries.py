@@ -162,7 +162,6 @@ EARLIER = union_all(
 def task_by_key(
     connection: Connection, owner: str, idempotency_key: str
 ) -> tuple[str, str | None] | None:
-    """The id and the body's hash of the owner's task with this key."""
     statement = select(tasks.c.id, tasks.c.idempotency_hash).where(
         tasks.c.owner == owner, tasks.c.idempotency_key == idempotency_key
     )
@@ -187,7 +186,6 @@ def may_be_anothers(
 
 
 def settling(connection: Connection, task_id: str) -> tuple[TaskRow | None, bytes | None]:
-    """A task and the body of its first terminal callback."""
     return task_row(connection, task_id, None), first_callback(connection, task_id)
 
 
@@ -251,7 +249,6 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
 
 
 def callback_list(connection: Connection, task_id: str) -> list[RowMapping]:
-    """The callbacks of a task, the oldest first."""
     statement = select(callbacks).where(callbacks.c.task_id == task_id)
     order = callbacks.c.received_at, callbacks.c.id
     return list(connection.execute(statement.order_by(*order).limit(CALLBACKS)).mappings())

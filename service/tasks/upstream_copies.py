@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
 
 import structlog
 from sqlalchemy import Connection, delete, select
@@ -52,8 +51,6 @@ class InputProblem:
 
 @dataclass(frozen=True, slots=True)
 class InputSource:
-    """The stored bytes of a file or of a result."""
-
     blob: str
     media_type: str
     bytes: int
@@ -200,7 +197,7 @@ def record_input_failures(tx: Transaction, items: Sequence[InputFailure]) -> lis
     for item, row in found:
         if row is None:
             continue
-        values: dict[str, Any] = {"submit_outcomes": row.submit_outcomes + 1}
+        values = {"submit_outcomes": row.submit_outcomes + 1}
         final = item.problem.code or tx.now - row.created_at >= item.give_up_ms
         if row.state is State.UNCERTAIN and final:
             end_uncertain(tx, row)
@@ -209,9 +206,8 @@ def record_input_failures(tx: Transaction, items: Sequence[InputFailure]) -> lis
             end(tx, row, State.FAILED, task_error(item.problem.code or "not_submitted", message))
         elif row.state in (State.QUEUED, State.UNCERTAIN):
             tx.step(row.id, "input.retried", reason=item.problem.reason)
-            values["submit_due_at"] = tx.now + item.wait_ms
+            change(tx, row, submit_due_at=tx.now + item.wait_ms)
             if row.state is State.QUEUED:
                 values["submit_turn"] = queue().next_turn(row.owner)
-        due_at = values.pop("submit_due_at", row.submit_due_at)
-        change(tx, row, **values, **leases.release("submit", due_at))
+        change(tx, row, **values, **leases.release("submit", row.submit_due_at))
     return [None] * len(items)

@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, select, update
 
@@ -55,20 +54,14 @@ def processes(connection: Connection, now: int) -> dict[str, int]:
 
 
 def forget_processes(tx: Transaction, items: Sequence[None]) -> list[None]:
-    """Deletes the signs of life of processes that are gone."""
     old = counters.c.name.startswith(PROCESS), counters.c.value < tx.now - FORGET_MS
     tx.connection.execute(delete(counters).where(*old))
     return [None] * len(items)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerWatch:
-    """The knowledge of workers in a process without them. `since` is when it began to watch."""
-
-    store: BatchingStore
-    since: int
-
-    async def missing(self) -> bool:
-        """Whether no worker was alive for `SILENT_MS`."""
-        seen = await self.store.read(counter, COUNTER)
-        return self.store.clock() - max(seen, self.since) > SILENT_MS
+async def workers_missing(store: BatchingStore, since: int) -> bool:
+    """Whether no worker was alive for `SILENT_MS`. A process without workers asks, which began to
+    watch at the time `since`.
+    """
+    seen = await store.read(counter, COUNTER)
+    return store.clock() - max(seen, since) > SILENT_MS

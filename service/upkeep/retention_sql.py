@@ -120,7 +120,6 @@ def _forget_task_images(tx: Transaction, task_id: str) -> tuple[str, ...]:
 
 
 def _strip(tx: Transaction, row: Row) -> None:
-    """Removes the content from a task's own row."""
     values = {
         "prompt": None,
         "request": {},

@@ -16,7 +16,6 @@ from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.inbox_worker import InboxWorker
 from service.tasks.pause import PauseWatch
-from service.upkeep.heartbeats import WorkerWatch
 from service.web.auth import Access
 from service.web.key_limits import KeyLimits
 from service.web.overload import LoadShedder, PriorityGate
@@ -25,7 +24,7 @@ from service.web.overload import LoadShedder, PriorityGate
 @dataclass(frozen=True, slots=True)
 class Context:
     """`sinks`: brokers by name with their event types. `workers_alive` None: the process has no
-    workers, and `worker_watch` looks for those of other processes.
+    workers, and `workers_missing` looks for those of other processes.
     """
 
     resources: Resources
@@ -47,7 +46,7 @@ class Context:
     stopping: Stopping
     doctor: Callable[[], Awaitable[JSON]]
     workers_alive: Callable[[], bool] | None
-    worker_watch: WorkerWatch | None
+    workers_missing: Callable[[], Awaitable[bool]] | None
 
 
 def context_of(request: Request) -> Context:

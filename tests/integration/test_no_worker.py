@@ -99,9 +99,9 @@ async def test_a_sign_of_life_waits_for_a_store_that_does_not_commit(
         raise StoreUnavailable("the store does not commit")
 
     async with world(tmp_path, role=WEB) as here:
-        store, watch = here.context.resources.store, here.context.worker_watch
+        store, watch = here.context.resources.store, here.context.workers_missing
         assert watch is not None
-        await wait_until(watch.missing)
+        await wait_until(watch)
         with monkeypatch.context() as patch:
             patch.setattr(store, "write", not_now)
             beating = asyncio.create_task(heartbeats.beat(store, "worker", lambda: alive))
@@ -115,7 +115,7 @@ async def test_a_sign_of_life_waits_for_a_store_that_does_not_commit(
 async def test_a_process_with_workers_of_its_own_misses_none(tmp_path: Path) -> None:
     """`serve` and `worker` report their own workers, under the cause `workers`."""
     async with world(tmp_path) as here:
-        assert here.context.worker_watch is None
+        assert here.context.workers_missing is None
         assert await readiness(here) == {"status": "ok", "causes": []}
 
 

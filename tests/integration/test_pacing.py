@@ -262,7 +262,9 @@ async def test_a_callback_for_a_task_that_waits_to_be_reconciled_goes_first(tmp_
     """
     async with backlog(tmp_path, 8) as (here, upstream, silent, _others):
         (last,) = (task_id for task_id in silent if not upstream.calls[f"u-{task_id}"])
-        await wait_until(lambda: here.context.resources.limiter.waiting("reconcile") == 1)
+        await wait_until(
+            lambda: len(here.context.resources.limiter.kinds["reconcile"].waiting) == 1
+        )
         await call_back(here, [last])
         await wait_until(lambda: upstream.calls[f"u-{last}"])
         assert [upstream.running, here.context.resources.limiter.used("confirm")] == [8, 1]
@@ -291,7 +293,7 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
         await wait_until(lambda: upstream.running == 8)
         upstream.ready = a_while
         gate.set()
-        await wait_until(lambda: limiter.limit("confirm") == 1 and limiter.used() <= 1)
+        await wait_until(lambda: limiter.kinds["confirm"].limit == 1 and limiter.used() <= 1)
         assert upstream.most == 8
         upstream.most, before = 0, upstream.calls.total()
         await wait_until(lambda: upstream.calls.total() > before + 10)
@@ -299,13 +301,13 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
         gate.clear()
 
         async def held_at_last(call: str) -> None:
-            await (held(call) if limiter.limit("confirm") == 8 else a_while(call))
+            await (held(call) if limiter.kinds["confirm"].limit == 8 else a_while(call))
 
         upstream.busy, upstream.ready = False, held_at_last
         await wait_until(lambda: upstream.most == 8)
         gate.set()
         await all_settled(here)
-        assert limiter.limit("confirm") == 8
+        assert limiter.kinds["confirm"].limit == 8
 
 
 async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
@@ -316,26 +318,26 @@ async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
     (called,), _ = await submitted(tmp_path, 1), await submitted(tmp_path, 1, first_query_ms=0)
     async with world(tmp_path, upstream=upstream.app, submit_schedule="600") as here:
         limiter = here.context.resources.limiter
-        await wait_until(lambda: limiter.limit("reconcile") == 7)
+        await wait_until(lambda: limiter.kinds["reconcile"].limit == 7)
         assert [
-            limiter.limit("confirm"),
-            limiter.limit("submit"),
-            limiter.limit("passthrough"),
+            limiter.kinds["confirm"].limit,
+            limiter.kinds["submit"].limit,
+            limiter.kinds["passthrough"].limit,
         ] == [16, 12, 4]
         await here.submit()
         assert [
-            limiter.limit("confirm"),
-            limiter.limit("submit"),
-            limiter.limit("passthrough"),
+            limiter.kinds["confirm"].limit,
+            limiter.kinds["submit"].limit,
+            limiter.kinds["passthrough"].limit,
         ] == [16, 6, 4]
         assert (await here.client.get("/v1/credits")).status_code == 429
         assert [
-            limiter.limit("confirm"),
-            limiter.limit("submit"),
-            limiter.limit("passthrough"),
+            limiter.kinds["confirm"].limit,
+            limiter.kinds["submit"].limit,
+            limiter.kinds["passthrough"].limit,
         ] == [16, 6, 2]
         await call_back(here, [called])
-        await wait_until(lambda: limiter.limit("confirm") <= 8)
+        await wait_until(lambda: limiter.kinds["confirm"].limit <= 8)
         assert (
             'darkroom_upstream_limit{kind="submit"} 6.0' in (await here.client.get("/metrics")).text
         )

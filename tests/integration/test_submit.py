@@ -492,7 +492,7 @@ async def test_a_task_cancelled_before_its_turn_is_not_sent(
     """The client cancels the task after the claim, while it waits for a slot at the upstream."""
     async with crowded(here):
         task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
-        await wait_until(lambda: here.context.resources.limiter.waiting("submit"))
+        await wait_until(lambda: len(here.context.resources.limiter.kinds["submit"].waiting))
         answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
         assert answer.json()["state"] == "cancelled"
 
@@ -514,7 +514,7 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
     async with world(tmp_path, upstream=theirs.app) as there:
         async with crowded(there):
             task = await there.submit(prompt="later", headers={"prefer": "respond-async"})
-            await wait_until(lambda: there.context.resources.limiter.waiting("submit"))
+            await wait_until(lambda: len(there.context.resources.limiter.kinds["submit"].waiting))
             there.context.stopping.quiesce()
 
         async def free() -> Any:

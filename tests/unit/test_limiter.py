@@ -96,9 +96,10 @@ async def calling(limiter: ConcurrencyLimiter) -> AsyncIterator[Callers]:
         for call in callers.calls:
             call.cancel()
         await asyncio.gather(*callers.calls, return_exceptions=True)
-        assert (limiter.used(), [limiter.waiting(kind) for kind in KINDS]) == (0, [0] * 4), (
-            "a place is lost, or a call still waits"
-        )
+        assert (limiter.used(), [len(limiter.kinds[kind].waiting) for kind in KINDS]) == (
+            0,
+            [0] * 4,
+        ), "a place is lost, or a call still waits"
 
 
 # --- number of calls
@@ -173,13 +174,18 @@ async def test_calls_never_exceed_the_places_in_any_order_of_events(
                     callers.finish(answer, [number])
             assert max(limiter.used(), callers.most) <= concurrency
             for kind in KINDS:
-                assert 1 <= limiter.limit(kind) <= concurrency
-                assert limiter.used(kind) <= max(limiter.limit(kind), before[kind]), (
+                assert 1 <= limiter.kinds[kind].limit <= concurrency
+                assert limiter.used(kind) <= max(limiter.kinds[kind].limit, before[kind]), (
                     "a call was let in above its limit"
                 )
         await callers.turns()
-        if limiter.used() < concurrency and limiter.used("confirm") < limiter.limit("confirm"):
-            assert limiter.waiting("confirm") == 0, "a call waits although a place is free"
+        if (
+            limiter.used() < concurrency
+            and limiter.used("confirm") < limiter.kinds["confirm"].limit
+        ):
+            assert len(limiter.kinds["confirm"].waiting) == 0, (
+                "a call waits although a place is free"
+            )
 
 
 # --- order of calls
@@ -237,7 +243,7 @@ async def test_a_call_without_a_place_in_time_raises() -> None:
         with pytest.raises(NoPlace):
             async with limiter.slot("passthrough", 0.0):
                 pytest.fail("there was no place")
-        assert limiter.waiting("passthrough") == 0
+        assert len(limiter.kinds["passthrough"].waiting) == 0
     async with limiter.slot("passthrough", 0.0):
         assert limiter.used() == 1
 
@@ -286,7 +292,7 @@ async def test_a_429_halves_only_the_limit_of_its_own_kind() -> None:
     limiter = ConcurrencyLimiter(16)
     async with calling(limiter) as callers:
         await callers.round("reconcile", TOO_MANY)
-    assert [limiter.limit(kind) for kind in KINDS] == [16, 12, 4, 7]
+    assert [limiter.kinds[kind].limit for kind in KINDS] == [16, 12, 4, 7]
 
 
 async def test_successes_restore_the_limit_step_by_step() -> None:
@@ -308,7 +314,7 @@ async def test_calls_that_started_before_a_429_do_not_change_the_limit_after_it(
         callers.finish(TOO_MANY, [0])
         for answer, number in zip([SUCCESS] * 6 + [TOO_MANY], range(1, 8), strict=True):
             callers.finish(answer, [number])
-        assert limiter.limit("confirm") == 4
+        assert limiter.kinds["confirm"].limit == 4
 
 
 async def test_running_calls_go_on_when_the_limit_falls() -> None:

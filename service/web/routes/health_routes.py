@@ -52,7 +52,7 @@ async def _readiness(context: Context) -> tuple[str, list[str]]:
         causes.append("blobs")
     if context.workers_alive is not None and not context.workers_alive():
         causes.append("workers")
-    if context.worker_watch is not None and await context.worker_watch.missing():
+    if context.workers_missing is not None and await context.workers_missing():
         causes.append("no_worker")
     if not all(upstream.answering for upstream in context.resources.upstreams.values()):
         causes.append("upstream")
