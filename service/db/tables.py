@@ -27,11 +27,7 @@ from sqlalchemy import (
 ZERO: ColumnElement[int] = literal_column("0")
 
 metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
+    naming_convention={"uq": "uq_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"}
 )
 
 
@@ -87,11 +83,8 @@ tasks = Table(
     Column("progress", Integer, nullable=False, default=0),
     Column("can_cancel", Boolean, nullable=False, default=True),
     Column("estimated_time", Integer),
-    Column("billing_rule", String(64)),
-    Column("user_group", String(64)),
-    Column("credits_reserved", BigInteger),
-    Column("credits_used", BigInteger),
-    Column("credits_refunded", BigInteger),
+    *(Column(name, String(64)) for name in ("billing_rule", "user_group")),
+    *(Column(f"credits_{name}", BigInteger) for name in ("reserved", "used", "refunded")),
     Column("credits_estimated", BigInteger),  # by the catalogue
     Column("images_requested", Integer),
     Column("error", JSON(none_as_null=True)),

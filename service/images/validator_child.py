@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,11 @@ from typing import Any
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from service.content_coding import decompress
-from service.images.input_check import INPUT_TYPES, check_input
-from service.images.validated_image import InvalidImage, ValidImage
+from service.images.validated_image import InvalidImage, MeasuredImage, ValidImage
 
-MEDIA_TYPES = {
-    "PNG": "image/png",
-    "JPEG": "image/jpeg",
-    "WEBP": "image/webp",
-    "GIF": "image/gif",
-    "AVIF": "image/avif",
-}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
+INPUTS = (*FORMATS, "BMP", "TIFF")
+WHITE = (255, 255, 255, 255)
 FRAMES = 1000  # of an animation: each costs time, however small it is
 GIF_BLOCKS = 500_000  # twice as many as a GIF of 50 MiB needs
 CPU_S = 60  # the largest image takes some seconds of one core
@@ -111,19 +106,56 @@ def answer_about(data: bytes, result: ValidImage | InvalidImage) -> dict[str, An
 
 def validate_input(path: str, data: bytes, max_pixels: int, *, flatten: bool) -> dict[str, Any]:
     """The child's answer about an input image. The file is written anew if it was flattened."""
-
-    def broken(data: bytes) -> InvalidImage | None:
-        result = check_image(data, max_pixels, tuple(INPUT_TYPES))
-        return InvalidImage(result.reason) if isinstance(result, InvalidImage) else None
-
-    measured, result, content = check_input(data, max_pixels, flatten=flatten, decode=broken)
+    measured, result, content = check_input(data, max_pixels, flatten=flatten)
     if content is not data:
         Path(path).write_bytes(content)
     return answer_about(content, result) | {"measured": measured and asdict(measured)}
 
 
+def check_input(
+    data: bytes, max_pixels: int, *, flatten: bool
+) -> tuple[MeasuredImage | None, ValidImage | InvalidImage, bytes]:
+    """The figures of the header, what decoding found, and the bytes, which differ from the given
+    ones if `flatten` removed an alpha channel. The parent knows the limits.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # the header's pixels are checked before anything is decoded
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            opened = Image.open(BytesIO(data), formats=INPUTS)
+    except MemoryError:
+        raise  # the machine's fault
+    except Exception:  # noqa: BLE001 - Pillow's plugins raise all kinds of errors on hostile bytes
+        return None, InvalidImage("the file is no picture that can be read"), data
+    with opened as image:
+        format = format_of(image)
+        (width, height), alpha = image.size, bool(image.has_transparency_data)
+        measured = MeasuredImage(media_type(format), len(data), width, height, alpha)
+        if width * height > max_pixels:
+            reason = f"{width}x{height} has {width * height} pixels, and at most {max_pixels} are"
+            return measured, InvalidImage(f"{reason} decoded"), data
+        result = check_image(data, max_pixels, INPUTS)
+        if isinstance(result, InvalidImage):
+            return measured, InvalidImage(result.reason), data
+        if alpha and flatten:
+            data = flattened(image, format)
+            measured = replace(measured, bytes=len(data), alpha=False)
+        return measured, result, data
+
+
+def flattened(image: Image.Image, format: str) -> bytes:
+    """The image on white, in the same format. Its orientation and its colours stay."""
+    on_white = Image.new("RGBA", image.size, WHITE)
+    on_white.alpha_composite(image.convert("RGBA"))
+    content = BytesIO()
+    kept = {name: image.info[name] for name in ("exif", "icc_profile") if image.info.get(name)}
+    if format == "WEBP":
+        kept["lossless"] = True
+    on_white.convert("RGB").save(content, format, **kept)
+    return content.getvalue()
+
+
 def check_image(
-    data: bytes, max_pixels: int, formats: tuple[str, ...] = tuple(MEDIA_TYPES)
+    data: bytes, max_pixels: int, formats: tuple[str, ...] = FORMATS
 ) -> ValidImage | InvalidImage:
     """Decodes every frame. The limit holds for the pixels of all frames together."""
     # Some decoders allocate memory for all pixels before a header can be looked at.
@@ -149,11 +181,10 @@ def decode(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> ValidImage
         return invalid
     with Image.open(BytesIO(data), formats=formats) as image:
         (width, height), pixels = image.size, 0
-        # A JPEG with further images behind it (a gain map) is one of Pillow's format MPO.
-        format = "JPEG" if image.format == "MPO" else str(image.format)
+        format = format_of(image)
         if not is_whole(format, data):
             if format == "JPEG" and lacks_only_its_end(data):
-                return ValidImage(MEDIA_TYPES[format], width, height)
+                return ValidImage(media_type(format), width, height)
             return InvalidImage("the picture is not whole")
         # GIF does not state its number of frames, and counting them would read all of them.
         frames = {"JPEG": 1, "GIF": FRAMES + 1}.get(format) or int(getattr(image, "n_frames", 1))
@@ -173,7 +204,16 @@ def decode(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> ValidImage
                 size = f"{width}x{height}, up to frame {frame + 1},"
                 return InvalidImage(f"{size} is over {max_pixels} pixels", final=True)
             image.load()
-        return ValidImage(MEDIA_TYPES.get(format, f"image/{format.lower()}"), width, height)
+        return ValidImage(media_type(format), width, height)
+
+
+def format_of(image: Image.Image) -> str:
+    """A JPEG with further images behind it (a gain map) is one of Pillow's format MPO."""
+    return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def media_type(format: str) -> str:
+    return f"image/{format.lower()}"
 
 
 def is_whole(format: str, data: bytes) -> bool:

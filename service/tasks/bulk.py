@@ -2,10 +2,9 @@
 pages, the oldest task first. Each page is one transaction with an entry of the audit.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select, tuple_
+from sqlalchemy import Connection, Select, and_, exists, func, or_, select, tuple_
 
 from service.db.paging import matching
 from service.db.tables import images, tasks
@@ -50,30 +49,26 @@ class BulkResult:
     last: tuple[int, str] | None
 
 
-def _dead_lettered() -> ColumnElement[bool]:
-    """Whether a row of the task left the queue of queries or of downloads for good."""
-    query = and_(tasks.c.settle_due_at.is_(None), tasks.c.settle_faults >= FAULT_LIMIT)
-    image = exists().where(
-        images.c.task_id == tasks.c.id,
-        images.c.state == "lost",
-        images.c.confirmed,
-        images.c.faults >= FAULT_LIMIT,
-        tasks.c.state != State.CANCELLED.value,
-    )
-    return or_(query, image)
-
-
+# A row of the task left the queue of queries or of downloads for good.
+_QUERY = and_(tasks.c.settle_due_at.is_(None), tasks.c.settle_faults >= FAULT_LIMIT)
+_IMAGE = exists().where(
+    images.c.task_id == tasks.c.id,
+    images.c.state == "lost",
+    images.c.confirmed,
+    images.c.faults >= FAULT_LIMIT,
+    tasks.c.state != State.CANCELLED.value,
+)
 # The tasks that an act can change.
-ELIGIBLE: dict[str, Callable[[], ColumnElement[bool]]] = {
-    "reconcile": lambda: or_(tasks.c.upstream_id.is_not(None), tasks.c.settled_digest.is_not(None)),
-    "resolve": lambda: tasks.c.state == State.UNCERTAIN.value,
-    "requeue": _dead_lettered,
+ELIGIBLE = {
+    "reconcile": or_(tasks.c.upstream_id.is_not(None), tasks.c.settled_digest.is_not(None)),
+    "resolve": tasks.c.state == State.UNCERTAIN.value,
+    "requeue": or_(_QUERY, _IMAGE),
 }
 
 
 def _selected(act: str, wanted: TaskFilter) -> Select[tuple[int, str]]:
     columns = tasks.c
-    found = [ELIGIBLE[act](), columns.erased_at.is_(None)]
+    found = [ELIGIBLE[act], columns.erased_at.is_(None)]
     given = asdict(wanted)
     error = given.pop("error")
     if error is not None:

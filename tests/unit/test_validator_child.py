@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from service.images.validated_image import InvalidImage, ValidImage
-from service.images.validator_child import FRAMES, MEDIA_TYPES, check_image
+from service.images.validator_child import FORMATS, FRAMES, check_image, media_type
 from tests.pictures import (
     SIZE,
     chunk,
@@ -36,7 +36,7 @@ def worth_a_retry(verdict: ValidImage | InvalidImage) -> bool:
 def test_the_content_of_a_whole_image_decides_its_type_and_size(name: str) -> None:
     """All frames count."""
     assert check_image(SAMPLES[name], LIMIT) == ValidImage(
-        MEDIA_TYPES[FORMAT[name.split(maxsplit=1)[0]]], *SIZE
+        media_type(FORMAT[name.split(maxsplit=1)[0]]), *SIZE
     )
 
 
@@ -108,7 +108,7 @@ def test_data_that_only_begins_like_an_image_is_worth_a_retry(data: bytes) -> No
     ("format", "frames"),
     [
         (format, frames)
-        for format in MEDIA_TYPES
+        for format in FORMATS
         for frames in (1, 4)
         if (format, frames) != ("JPEG", 4)
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.ids import EXTENSIONS
-from service.images.validator_child import MEDIA_TYPES
+from service.images.validator_child import FORMATS, media_type
 from tests.environment import ROOT, run_module
 from tests.image_costs import BROKEN
 from tests.pictures import bombs, samples
@@ -35,7 +35,7 @@ def test_only_types_that_cannot_run_are_served() -> None:
     """No type is one that a browser executes or hands to another program. Input images may also
     be BMP or TIFF files.
     """
-    assert set(MEDIA_TYPES.values()) == SAFE
+    assert {media_type(format) for format in FORMATS} == SAFE
     assert set(EXTENSIONS) == {*SAFE, "image/bmp", "image/tiff"}
 
 
