@@ -28,6 +28,9 @@ class Selection:
     since: int | None = None
     until: int | None = None
 
+    def narrow(self, statement: Select[Any], table: Any) -> Select[Any]:
+        return matching(statement, table, owner=self.owner, since=self.since, until=self.until)
+
 
 def conditions(
     table: Any, since: int | None = None, until: int | None = None, **values: object
@@ -52,8 +55,7 @@ def page(statement: Select[Any], table: Any, wanted: Selection, key: str = "id")
     time and `key` in an index, which they cannot do with the same condition as `OR`.
     """
     created, last = table.c.created_at, table.c[key]
-    owner, since, until = wanted.owner, wanted.since, wanted.until
-    statement = matching(statement, table, owner=owner, since=since, until=until)
+    statement = wanted.narrow(statement, table)
     if wanted.after is not None:
         statement = statement.where(tuple_(created, last) < tuple_(*wanted.after))
     return statement.order_by(created.desc(), last.desc()).limit(wanted.limit)

@@ -25,7 +25,7 @@ from service.tasks.files import (
     insert_files,
     store_files,
 )
-from service.tasks.upstream_copies import InputCopies
+from service.tasks.upstream_copies import forget_copy
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_images import formats_of, image_complaint, too_long
 
@@ -125,7 +125,7 @@ class InputFiles:
         except BlobUnavailable as error:  # the sweep will find the blob
             log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
         if erased.copy is not None:
-            await InputCopies(self.resources).forget(erased.copy)
+            await forget_copy(self.resources, erased.copy)
 
 
 def check_found(found: Validation, rule: ImagesField, param: str) -> MeasuredImage:

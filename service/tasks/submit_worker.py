@@ -30,9 +30,9 @@ from service.tasks.submissions import (
     start_submissions,
 )
 from service.tasks.upstream_copies import (
-    InputCopies,
     InputFailure,
     InputProblem,
+    input_links,
     record_input_failures,
     with_input_links,
 )
@@ -111,7 +111,7 @@ class SubmitWorker:
                 if not allowed:
                     await breaker.hold(lease, self.give_up_s)
                     return
-                links = await InputCopies(resources).links(row) if row.inputs else {}
+                links = await input_links(resources, row) if row.inputs else {}
                 if isinstance(links, InputProblem):
                     record(links.throttled or None)
                     await self._record_problem(lease, links)

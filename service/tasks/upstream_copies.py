@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 SPARE_MS = 3_600_000  # a copy that lives shorter is made anew: the upstream must still fetch it
 FREED = 10  # copies that make room at once
+GONE = "input_gone"
 FORGET_S = 5.0  # how long a deletion waits for the upstream
 
 
@@ -56,70 +57,66 @@ class InputSource:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class InputCopies:
-    """Makes copies at the upstream. They are remembered until they expire there."""
-
-    resources: Resources
-
-    async def links(self, row: TaskRow) -> Mapping[str, str] | InputProblem:
-        """The upstream's links of the task's input images, by id."""
-        store, links = self.resources.store, dict[str, str]()
-        ids = [each["id"] for each in row.inputs or () if each["id"]]
-        sources = await store.read(input_sources, ids, store.clock())
-        known = await store.read(input_copies, ids)
-        for id in ids:
-            if id not in sources:
-                return InputProblem(f"the input image {id} was erased or its days are over", GONE)
-            copy = known.get(id)
-            if copy is None or copy.expires_at <= store.clock() + SPARE_MS:
-                made = links.get(id) or await self._copied(row, id, sources[id])
-                if isinstance(made, InputProblem):
-                    return made
-                links[id] = made
-            else:
-                links[id] = copy.url
-        return links
-
-    async def _copied(self, row: TaskRow, id: str, source: InputSource) -> str | InputProblem:
-        content = self.resources.blobs.read(source.blob)
-        # An upload under the name of another file would overwrite it.
-        name = f"{id}-{secrets.token_hex(6)}.{EXTENSIONS[source.media_type]}"
-        checkpoint("input.started")
-        upload = self.resources.file_api.upload
-        outcome = await upload(content, source.bytes, name, source.media_type)
-        checkpoint("input.uploaded")
-        if isinstance(outcome, NotUploaded):
-            if outcome.full:
-                await self._make_room()
-            reason = f"the input image {id} was not uploaded: {outcome.reason}"
-            code = "input_refused" if outcome.final else None
-            return InputProblem(reason, code, outcome.retry_after, outcome.throttled)
-        expires_at = round(outcome.expires_at * 1000)
-        copy = InputCopy(id, row.owner, row.upstream, outcome.file_id, outcome.url, expires_at)
-        kept = await self.resources.store.write(record_copies, copy)
-        checkpoint("input.recorded")
-        log.info("input.uploaded", input_id=id, bytes=source.bytes, kept=kept)
-        if not kept:  # erased meanwhile
-            await self.forget(copy)
-            return InputProblem(f"the input image {id} was erased", GONE)
-        return outcome.url
-
-    async def forget(self, copy: InputCopy) -> None:
-        """Deletes a copy at the upstream. It expires there by itself if that fails."""
-        if copy.file_id is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(FORGET_S):
-                    await self.resources.file_api.delete(copy.file_id)
-
-    async def _make_room(self) -> None:
-        """Deletes the oldest copies that no task needs, because the account has no room left."""
-        for copy in await self.resources.store.write(forget_spare_copies, FREED):
-            checkpoint("input.forgotten")
-            await self.forget(copy)
+async def input_links(resources: Resources, row: TaskRow) -> Mapping[str, str] | InputProblem:
+    """The upstream's links of the task's input images, by id."""
+    store, links = resources.store, dict[str, str]()
+    ids = [each["id"] for each in row.inputs or () if each["id"]]
+    sources = await store.read(input_sources, ids, store.clock())
+    known = await store.read(input_copies, ids)
+    for id in ids:
+        if id not in sources:
+            return InputProblem(f"the input image {id} was erased or its days are over", GONE)
+        copy = known.get(id)
+        if copy is None or copy.expires_at <= store.clock() + SPARE_MS:
+            made = links.get(id) or await _copied(resources, row, id, sources[id])
+            if isinstance(made, InputProblem):
+                return made
+            links[id] = made
+        else:
+            links[id] = copy.url
+    return links
 
 
-GONE = "input_gone"
+async def _copied(
+    resources: Resources, row: TaskRow, id: str, source: InputSource
+) -> str | InputProblem:
+    content = resources.blobs.read(source.blob)
+    # An upload under the name of another file would overwrite it.
+    name = f"{id}-{secrets.token_hex(6)}.{EXTENSIONS[source.media_type]}"
+    checkpoint("input.started")
+    upload = resources.file_api.upload
+    outcome = await upload(content, source.bytes, name, source.media_type)
+    checkpoint("input.uploaded")
+    if isinstance(outcome, NotUploaded):
+        if outcome.full:
+            await _make_room(resources)
+        reason = f"the input image {id} was not uploaded: {outcome.reason}"
+        code = "input_refused" if outcome.final else None
+        return InputProblem(reason, code, outcome.retry_after, outcome.throttled)
+    expires_at = round(outcome.expires_at * 1000)
+    copy = InputCopy(id, row.owner, row.upstream, outcome.file_id, outcome.url, expires_at)
+    kept = await resources.store.write(record_copies, copy)
+    checkpoint("input.recorded")
+    log.info("input.uploaded", input_id=id, bytes=source.bytes, kept=kept)
+    if not kept:  # erased meanwhile
+        await forget_copy(resources, copy)
+        return InputProblem(f"the input image {id} was erased", GONE)
+    return outcome.url
+
+
+async def forget_copy(resources: Resources, copy: InputCopy) -> None:
+    """Deletes a copy at the upstream. It expires there by itself if that fails."""
+    if copy.file_id is not None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FORGET_S):
+                await resources.file_api.delete(copy.file_id)
+
+
+async def _make_room(resources: Resources) -> None:
+    """Deletes the oldest copies that no task needs, because the account has no room left."""
+    for copy in await resources.store.write(forget_spare_copies, FREED):
+        checkpoint("input.forgotten")
+        await forget_copy(resources, copy)
 
 
 def with_input_links(body: bytes, links: Mapping[str, str]) -> bytes:

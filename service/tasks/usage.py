@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Connection, Select, Table, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, Connection, Table, cast, func, select
 
 from service.db.operator_tables import ledger
-from service.db.paging import matching
+from service.db.paging import Selection
 from service.db.tables import images, tasks
 from service.strict_json import JSON
 from service.tasks.ledger import ADJUST, CHARGE, ESTIMATE, REFUND, RESERVE
@@ -20,20 +20,6 @@ DAY_MS = 86_400_000
 MAX_KEYS = 10_000  # of one report
 GROUPS = ("day", "model", "owner", "task")
 SHOWN_IMAGES = (images.c.confirmed, images.c.state.in_(("stored", "erased")))
-
-
-@dataclass(frozen=True, slots=True)
-class UsageFilter:
-    """Tasks of one owner (None: every owner's) that were accepted at or after `since` and before
-    `until`.
-    """
-
-    owner: str | None = None
-    since: int | None = None
-    until: int | None = None
-
-    def narrow(self, statement: Select[Any], table: Table) -> Select[Any]:
-        return matching(statement, table, owner=self.owner, since=self.since, until=self.until)
 
 
 @dataclass(slots=True)
@@ -56,7 +42,7 @@ class UsageFigures:
 
 
 def usage_by(
-    connection: Connection, by: str, wanted: UsageFilter, most: int | None = None
+    connection: Connection, by: str, wanted: Selection, most: int | None = None
 ) -> dict[str, UsageFigures]:
     """The figures by key, in the order of the keys. A day is a date of UTC. At most one more than
     `MAX_KEYS`. With `most`, only that many keys with the highest cost, the highest first.
@@ -92,7 +78,7 @@ def usage_by(
     return {text: found[text] for text in texts}
 
 
-def dearest(connection: Connection, by: str, wanted: UsageFilter, most: int) -> list[Any]:
+def dearest(connection: Connection, by: str, wanted: Selection, most: int) -> list[Any]:
     """The keys with the highest cost after refunds, the highest first."""
     key, paid = key_of(by, ledger), ledger.c.kind.in_((CHARGE, ADJUST, REFUND))
     cost = func.coalesce(func.sum(ledger.c.credits).filter(paid), 0)

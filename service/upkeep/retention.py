@@ -21,7 +21,7 @@ from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.audit import forget_acts
 from service.tasks.files import forget_file_rows, forget_files
-from service.tasks.upstream_copies import InputCopies
+from service.tasks.upstream_copies import forget_copy
 from service.upkeep import retention_sql
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ async def erase(resources: Resources, task_id: str, owner: str | None) -> str | 
             # The images' links respond 410 already, and the sweep will find the blobs.
             log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
         for copy in erased.copies:
-            await InputCopies(resources).forget(copy)
+            await forget_copy(resources, copy)
     return erased.refused
 
 

@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from service.credits import credits_number, millionths
 from service.db.operator_tables import ledger
-from service.db.paging import Row
+from service.db.paging import Row, Selection
 from service.errors import invalid_request
 from service.ids import rfc3339
 from service.strict_json import JSON
 from service.tasks import usage
 from service.tasks.budgets import Budget, BudgetState, budget_states, set_budgets
-from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
+from service.tasks.usage import GROUPS, MAX_KEYS, figures_document
 from service.upstreams.field_values import shown
 from service.web.acts import perform
 from service.web.bodies import asks_for, query_owner, query_text, query_time, read_model
@@ -47,7 +47,7 @@ async def report(request: Request) -> Response:
     """Show the usage by day, model, owner or task."""
     by = query_text(request, "by", GROUPS) or "day"
     since, until = query_day(request, "from", 0), query_day(request, "to", 1)
-    wanted = UsageFilter(query_owner(request), since, until)
+    wanted = Selection(query_owner(request), since=since, until=until)
     most = query_limit(request, "most") if "most" in request.query_params else None
     found = await resources_of(request).store.read(usage.usage_by, by, wanted, most)
     if len(found) > MAX_KEYS:
