@@ -39,7 +39,7 @@ from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import ConfirmWorker, QueryPlan
 from service.tasks.inbox_worker import InboxWorker
 from service.tasks.ledger import log_committed
-from service.tasks.pause import PauseWatch, watched_pause
+from service.tasks.pause import PauseWatch
 from service.tasks.submit_worker import SubmitWorker
 from service.tasks.task_queries import tasks_by_id
 from service.tasks.transitions import dead_letter_task
@@ -125,7 +125,8 @@ async def running(
         upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
         resources.store.give_way = gate.give_way
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
-        pause = await watched_pause(resources.store, metrics)
+        pause = PauseWatch(resources.store, metrics)
+        await pause.look()  # a process that starts releases what is held
         work = stages(settings, resources, breaker, validator, pause) if role.workers else []
         after_commit = partial(log_committed, metrics=metrics)
         pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)

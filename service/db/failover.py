@@ -56,7 +56,9 @@ def connecting(
         if not Path(file).is_file():
             raise ConfigurationError(f"DARKROOM_DATABASE_URL: {name}: there is no file {file}")
     hosts, seconds = list(database.dsns), database.numbers.get("connect_timeout", 0)
-    trust = system_trust() if database.system_roots else None
+    trust = ssl.create_default_context() if database.system_roots else None
+    if trust is not None:
+        trust.set_alpn_protocols(["postgresql"])  # which `sslnegotiation=direct` needs
 
     async def connect() -> "asyncpg.Connection[Any]":
         failure: Exception = ConnectionError("no host")
@@ -83,12 +85,6 @@ def connecting(
         raise failure
 
     return connect
-
-
-def system_trust() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["postgresql"])  # which `sslnegotiation=direct` needs
-    return context
 
 
 def notice_silence(connected: socket.socket, given: Mapping[str, int]) -> None:

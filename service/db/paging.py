@@ -17,6 +17,14 @@ FIRST, BATCH, BATCH_BYTES = 2, 16, 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
+class Owned:
+    """The id of a row that has to be this owner's. `owner` None: any owner's (admin)."""
+
+    id: str
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Which rows a page has: of one owner (None: every owner's), created at or after `since` and
     before `until` (milliseconds, None: at any time), and after the last row of the page before.

@@ -35,6 +35,7 @@ LEASE_MS, RENEW_S = 30_000, 10.0
 # within 5 s. That is 20 s of the lease's 30 s.
 SPARE_S = 5.0
 REFUSALS = 3  # of one message, before it is skipped
+RELEASED = {"lease_until": None, "lease_owner": None}  # another process can lease the sink at once
 OTHERS_S = 5.0  # between looks whether the process that publishes is still there
 
 
@@ -95,21 +96,11 @@ def lease_sinks(tx: Transaction, name: str) -> SinkLease | None:
 
 
 @one_by_one
-def advance_sinks(tx: Transaction, lease: SinkLease) -> bool:
-    """Records that a broker has all events up to `position`. False: another process has the
-    lease.
+def change_sinks(tx: Transaction, item: tuple[SinkLease, Mapping[str, Any]]) -> bool:
+    """Changes columns under a lease: the `position` up to which the broker has all events, or those
+    of `RELEASED`. False: another process has the lease.
     """
-    return _change(tx, lease, position=lease.position)
-
-
-@one_by_one
-def release_sinks(tx: Transaction, lease: SinkLease) -> bool:
-    """Ends a lease, so that another process can lease the sink at once."""
-    return _change(tx, lease, lease_until=None, lease_owner=None)
-
-
-def _change(tx: Transaction, lease: SinkLease, **values: Any) -> bool:
-    """False: the lease does not hold any more."""
+    lease, values = item
     mine = (sinks.c.name == lease.name, sinks.c.fence == lease.fence)
     held = update(sinks).where(*mine, sinks.c.lease_until.is_not(None))
     return tx.connection.execute(held.values(values)).rowcount == 1
@@ -165,7 +156,7 @@ class BrokerWorker:
             finally:
                 if self._lease is not None:
                     with suppress(StoreUnavailable):  # the lease ends by itself
-                        await self._resources.store.write(release_sinks, self._lease)
+                        await self._resources.store.write(change_sinks, (self._lease, RELEASED))
                 await self._sink.close()
 
     async def _step(self) -> float:
@@ -208,9 +199,9 @@ class BrokerWorker:
                 place = last
         finally:
             if place > lease.position:
-                moved = replace(lease, position=place)
-                advanced = await self._resources.store.write(advance_sinks, moved)
-                self._lease = moved if advanced else None
+                moved = lease, {"position": place}
+                advanced = await self._resources.store.write(change_sinks, moved)
+                self._lease = replace(lease, position=place) if advanced else None
             if count:
                 log.info(
                     "sink.published",

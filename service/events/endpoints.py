@@ -101,13 +101,6 @@ def end_pending_deliveries(tx: Transaction, endpoint_id: str) -> None:
     tx.connection.execute(_pending(endpoint_id).values(values))
 
 
-def _release_held_deliveries(tx: Transaction, endpoint_id: str) -> None:
-    """Makes due what was held while the endpoint was paused."""
-    held = _pending(endpoint_id).where(deliveries.c.due_at.is_(None))
-    tx.connection.execute(held.values(due_at=tx.now))
-    tx.due.update(("deliver", "redeliver"))
-
-
 def bring_forward(tx: Transaction, endpoint: EndpointRow, *, more: bool = False) -> None:
     """The endpoint works again: deliveries that wait for it are due now, or when a pause that it
     asked for ends. Each that is delivered brings `more` of them.
@@ -190,17 +183,6 @@ class EndpointChange:
     headers: bytes | None = None  # encrypted; empty: none
 
 
-def _ask_again_for_times(tx: Transaction, endpoint_id: str) -> None:
-    """Makes the deliveries due that wait for a time of the endpoint's former rate."""
-    waiting = update(deliveries).where(
-        deliveries.c.endpoint_id == endpoint_id,
-        deliveries.c.state == "pending",
-        deliveries.c.slot_at > tx.now,
-    )
-    tx.connection.execute(waiting.values(slot_at=None, due_at=tx.now))
-    tx.due.update(("deliver", "redeliver"))
-
-
 @one_by_one
 def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
     """Changes an endpoint. False: this owner has no such endpoint."""
@@ -217,7 +199,9 @@ def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
         values["options"] = {**(row.options or {}), **item.options}
         if "rate_per_s" in item.options:
             values["slot_at"] = None
-            _ask_again_for_times(tx, item.id)
+            # Deliveries that wait for a time of the former rate ask for another.
+            waiting = _pending(item.id).where(deliveries.c.slot_at > tx.now)
+            tx.connection.execute(waiting.values(slot_at=None, due_at=tx.now))
     if item.headers is not None:
         values["headers"] = item.headers or None
     status = item.status if item.status != row.status else None
@@ -227,11 +211,13 @@ def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
     if status == "enabled" or item.url not in (None, row.url):  # failures of the old URL
         values |= {"failing_since": None, "paused_until": None}
     if status == "enabled":
-        _release_held_deliveries(tx, item.id)
+        held = _pending(item.id).where(deliveries.c.due_at.is_(None))
+        tx.connection.execute(held.values(due_at=tx.now))
     if status == "disabled":
         values |= {"disabled_at": tx.now, "disabled_reason": "by its owner"}
         end_pending_deliveries(tx, item.id)
     update_endpoint(tx, item.id, **values)
     if "failing_since" in values:
         bring_forward(tx, replace(row, paused_until=None))
+    tx.due.update(("deliver", "redeliver"))
     return True

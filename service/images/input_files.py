@@ -11,20 +11,14 @@ from dataclasses import dataclass
 import structlog
 
 from service.blobs.blob_store import CHUNK, Incoming
+from service.db.paging import Owned
 from service.errors import ApiError, BlobUnavailable
 from service.ids import blob_name
 from service.images.validated_image import InvalidImage, MeasuredImage, Validation
 from service.images.validator import ImageValidator
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.tasks.files import (
-    ErasedFile,
-    FileErasure,
-    FileRow,
-    erase_files,
-    insert_files,
-    store_files,
-)
+from service.tasks.files import ErasedFile, FileRow, erase_files, insert_files, store_files
 from service.tasks.upstream_copies import forget_copy
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_images import formats_of, image_complaint, too_long
@@ -111,7 +105,7 @@ class InputFiles:
 
     async def erase(self, file_id: str, owner: str | None) -> bool:
         """Erases a file for good. False: there is none. A task that waits with it fails."""
-        erased = await self.resources.store.write(erase_files, FileErasure(file_id, owner))
+        erased = await self.resources.store.write(erase_files, Owned(file_id, owner))
         checkpoint("file.erased")
         if erased is None:
             return False

@@ -1,30 +1,24 @@
 """Cancels tasks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from sqlalchemy import delete
 
+from service.db.paging import Owned
 from service.db.tables import images
 from service.db.transaction import Transaction
 from service.tasks.state import State
 from service.tasks.transitions import change, end, lock, task_error
 
 
-@dataclass(frozen=True, slots=True)
-class Cancellation:
-    task_id: str
-    owner: str | None  # None: any owner's task (admin)
-
-
-def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | None]:
+def cancel_tasks(tx: Transaction, items: Sequence[Owned]) -> list[str | None]:
     """Cancels tasks here, not at the upstream. Returns None, or the reason against it: `missing`,
     or the terminal state of the task.
     """
-    rows = lock(tx, (item.task_id for item in items))
+    rows = lock(tx, (item.id for item in items))
     results: list[str | None] = []
     for item in items:
-        row = rows.get(item.task_id)
+        row = rows.get(item.id)
         if row is None or item.owner not in (None, row.owner):
             results.append("missing")
         elif row.terminal:

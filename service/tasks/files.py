@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Select, delete, select, update
 
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
-from service.db.paging import Selection, page
+from service.db.paging import Owned, Selection, page
 from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
@@ -118,14 +118,6 @@ def store_files(tx: Transaction, item: FileRow) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class FileErasure:
-    """`owner` None: an admin erases any owner's file."""
-
-    file_id: str
-    owner: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class ErasedFile:
     """The objects to delete after the commit: the blob, and the upstream's copy."""
 
@@ -134,18 +126,18 @@ class ErasedFile:
 
 
 @one_by_one
-def erase_files(tx: Transaction, item: FileErasure) -> ErasedFile | None:
+def erase_files(tx: Transaction, item: Owned) -> ErasedFile | None:
     """Erases a file with everything that came from its owner. None: there is no such file."""
     c = file_table.c
-    statement = select(c.blob).where(c.id == item.file_id, c.blob.is_not(None))
+    statement = select(c.blob).where(c.id == item.id, c.blob.is_not(None))
     if item.owner is not None:
         statement = statement.where(c.owner == item.owner)
     blob = tx.connection.execute(statement.with_for_update()).scalar()
     if blob is None:
         return None
-    tx.change(file_table, item.file_id, _gone(tx))
+    tx.change(file_table, item.id, _gone(tx))
     tx.write()  # the next item may name the same file
-    return ErasedFile(blob, next(iter(forget_copies(tx, [item.file_id])), None))
+    return ErasedFile(blob, next(iter(forget_copies(tx, [item.id])), None))
 
 
 def _gone(tx: Transaction) -> JSON:

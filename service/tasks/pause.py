@@ -165,13 +165,6 @@ class PauseWatch:
         self._metrics.submission_paused.set(pause.paused_at is not None)
 
 
-async def watched_pause(store: BatchingStore, metrics: Metrics) -> PauseWatch:
-    """A watch that has looked once: a process that starts releases what is held."""
-    watch = PauseWatch(store, metrics)
-    await watch.look()
-    return watch
-
-
 def pause_document(connection: Connection) -> JSON:
     pause = submission_pause(connection)
     waiting = select(func.count()).where(tasks.c.state == State.QUEUED.value)

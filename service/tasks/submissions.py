@@ -20,6 +20,7 @@ from service.tasks.rows import TaskRow, task_rows
 from service.tasks.settlements import finish_at_once
 from service.tasks.state import State
 from service.tasks.transitions import (
+    HELD,
     VERDICT_MS,
     callback_waits,
     change,
@@ -28,7 +29,6 @@ from service.tasks.transitions import (
     lock,
     locking,
     move,
-    note_held,
     note_once,
     submitted,
     task_error,
@@ -139,7 +139,7 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
             case NotCreated(reason, account=account) if submitting:
                 _retry(tx, row, item, reason, queue)
                 if account and not row.terminal:
-                    note_held(tx, row)
+                    note_once(tx, row, "task.held", message=HELD)
                 elif not row.terminal:
                     note_once(tx, row, "task.submission_retried", reason=reason)
             case Uncertain(reason, raw) if submitting:

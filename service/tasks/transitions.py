@@ -222,11 +222,6 @@ def _emit(
     )
 
 
-def note_held(tx: Transaction, row: TaskRow, message: str = HELD) -> None:
-    """Adds the step of a task that waits for the account or for operators, once."""
-    note_once(tx, row, "task.held", message=message)
-
-
 def note_once(tx: Transaction, row: TaskRow, step: str, **detail: str) -> None:
     """Adds a step, unless it is the last one already."""
     last = select(steps.c.step, steps.c.detail).where(steps.c.task_id == row.id)
@@ -241,7 +236,7 @@ def hold(tx: Transaction, row: TaskRow, due_at: int, message: str = HELD) -> Non
 
     A held row has no lease, but names this process in `submit_lease_owner`.
     """
-    note_held(tx, row, message)
+    note_once(tx, row, "task.held", message=message)
     columns = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
     outcomes = max(1, row.submit_outcomes)
     change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))

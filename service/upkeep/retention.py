@@ -15,6 +15,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from service.db.batching import Item, Result
+from service.db.paging import Owned
 from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
@@ -34,9 +35,7 @@ async def erase(resources: Resources, task_id: str, owner: str | None) -> str | 
     """Erases a task for good. Returns None, or why not: `missing`, or the state of a task that has
     not ended.
     """
-    erased = await resources.store.write(
-        retention_sql.erase_tasks, retention_sql.Erasure(task_id, owner)
-    )
+    erased = await resources.store.write(retention_sql.erase_tasks, Owned(task_id, owner))
     checkpoint("erase.committed")
     if erased.refused is None:
         if erased.upstream_id:

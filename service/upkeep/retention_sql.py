@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, delete, exists, func, select, update
 
-from service.db.paging import Row
+from service.db.paging import Owned, Row
 from service.db.tables import (
     attempts,
     callbacks,
@@ -44,14 +44,6 @@ OWN_PENDING = and_(deliveries.c.endpoint_id.is_(None), deliveries.c.state == "pe
 
 
 @dataclass(frozen=True, slots=True)
-class Erasure:
-    """`owner` None: an admin erases any owner's task."""
-
-    task_id: str
-    owner: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Erased:
     """`refused` is `missing`, or the state of a task that has not ended. `blobs` are deleted after
     the commit, and so are the upstream's `copies` of images that other tasks had as inputs.
@@ -63,7 +55,7 @@ class Erased:
     upstream_id: str | None = None
 
 
-def erase_tasks(tx: Transaction, items: Sequence[Erasure]) -> list[Erased]:
+def erase_tasks(tx: Transaction, items: Sequence[Owned]) -> list[Erased]:
     """Erases terminal tasks: images, prompt, metadata and everything else that came from the client
     or shows what it asked for. Erasing again changes nothing.
 
@@ -71,13 +63,13 @@ def erase_tasks(tx: Transaction, items: Sequence[Erasure]) -> list[Erased]:
     to the task's own `callback_url` becomes dead, because the address is erased. Callbacks stay as
     counted, without bodies.
     """
-    ids = {item.task_id for item in items}
+    ids = {item.id for item in items}
     statement = select(*COLUMNS).where(tasks.c.id.in_(ids)).order_by(tasks.c.id).with_for_update()
     rows = {row["id"]: row for row in tx.connection.execute(statement).mappings()}
-    return [_erase(tx, rows.get(item.task_id), item) for item in items]
+    return [_erase(tx, rows.get(item.id), item) for item in items]
 
 
-def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
+def _erase(tx: Transaction, row: Row | None, item: Owned) -> Erased:
     if row is None or item.owner not in (None, row["owner"]):
         return Erased("missing")
     task_id, execute = row["id"], tx.connection.execute

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, select
 
 from service.db.batching import BatchingStore, Item, Result
-from service.db.paging import Row
+from service.db.paging import Owned, Row
 from service.db.tables import events, images, tasks
 from service.db.transaction import Lease, Transaction
 from service.events.deliveries import DeliveryOutcome, record_attempts
@@ -32,7 +32,7 @@ from service.queue.leases import claim
 from service.strict_json import JSON
 from service.tasks.accept import Inserted, insert_tasks
 from service.tasks.callbacks import Callback, Verdict, give_verdicts
-from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.cancel import cancel_tasks
 from service.tasks.owner_keys import StoredKey, insert_keys
 from service.tasks.rows import TaskRow
 from service.tasks.settlements import Settlement, record_settlements
@@ -249,7 +249,7 @@ class Subject:
         return lease.key
 
     async def cancel(self, task_id: str, owner: str | None = None) -> str | None:
-        return await self.write(cancel_tasks, Cancellation(task_id, owner))
+        return await self.write(cancel_tasks, Owned(task_id, owner))
 
     async def callback(self, task_id: str, report: Report | None, body: bytes = b"{}") -> Verdict:
         return await self.write(accept_callbacks, callback(task_id, report, body))

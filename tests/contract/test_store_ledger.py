@@ -6,13 +6,14 @@ import pytest
 from sqlalchemy import update
 
 from service.db.operator_tables import ledger
+from service.db.paging import Owned
 from service.db.tables import tasks
 from service.db.transaction import Transaction
 from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.state import State
 from service.tasks.transitions import dead_letter_task
-from service.upkeep.retention_sql import Erasure, erase_tasks, strip_tasks
+from service.upkeep.retention_sql import erase_tasks, strip_tasks
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     DAY,
@@ -134,7 +135,7 @@ async def a_cancelled_task_whose_reservation_is_its_cost(subject: Subject) -> st
 
 async def an_erased_task_whose_cost_is_not_named(subject: Subject) -> str:
     task_id = await an_uncertain_task_that_failed(subject)
-    assert (await subject.write(erase_tasks, Erasure(task_id, None))).refused is None
+    assert (await subject.write(erase_tasks, Owned(task_id, None))).refused is None
     await subject.callback(task_id, completed(task_id, URL))
     await subject.settle(task_id, completed(task_id, URL))
     assert await subject.images(task_id) == []
@@ -409,7 +410,7 @@ async def test_the_entries_of_one_transaction_follow_each_other(subject: Subject
 async def test_entries_survive_erasure_and_retention(subject: Subject) -> None:
     task_id = await a_refused_task(subject)
     before = await subject.rows(ledger)
-    assert (await subject.write(erase_tasks, Erasure(task_id, None))).refused is None
+    assert (await subject.write(erase_tasks, Owned(task_id, None))).refused is None
     other = await a_refused_task(subject)
     subject.clock.shift(DAY)
     assert (await subject.write(strip_tasks, subject.clock.now)).tasks == 1

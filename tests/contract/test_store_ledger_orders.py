@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from service.db.operator_tables import ledger
+from service.db.paging import Owned
 from service.db.transaction import Transaction
 from service.tasks.admin import reconcile_tasks
-from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.cancel import cancel_tasks
 from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.submissions import record_submissions
 from service.upstreams.base import Report, Status
@@ -111,7 +112,7 @@ class Story:
 
     async def cancel(self, task_id: str) -> None:
         if self.chance.random() < 0.3:
-            await self.write(cancel_tasks, Cancellation(task_id, None))
+            await self.write(cancel_tasks, Owned(task_id, None))
 
 
 @pytest.mark.parametrize("part", range(2))

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import Connection, update
 
 from service.db.clock import wall_clock
+from service.db.paging import Owned
 from service.db.tables import attempts, callbacks, deliveries, events, metadata, replays, steps
 from service.db.transaction import Transaction
 from service.events.deliveries import DeliveryOutcome, delivery_to_send, record_attempts
@@ -18,12 +19,11 @@ from service.images.downloads import shown_image
 from service.images.sweep import orphans
 from service.links import Links
 from service.tasks import task_queries
-from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.cancel import cancel_tasks
 from service.tasks.state import State
 from service.upkeep import retention_sql
 from service.upkeep.retention_sql import (
     Erased,
-    Erasure,
     OldEvents,
     erase_tasks,
     forget_deliveries,
@@ -63,7 +63,7 @@ LINKS = Links("https://d.test")
 
 
 async def erase(subject: Subject, task_id: str, owner: str | None = OWNER) -> Erased:
-    return await subject.write(erase_tasks, Erasure(task_id, owner))
+    return await subject.write(erase_tasks, Owned(task_id, owner))
 
 
 async def everything(subject: Subject) -> str:
@@ -114,9 +114,9 @@ async def test_a_task_that_ends_in_the_same_transaction_is_not_erased(subject: S
     task_id = await subject.submitted()
 
     def both(tx: Transaction, ids: Sequence[str]) -> list[Erased]:
-        assert cancel_tasks(tx, [Cancellation(id, None) for id in ids]) == [None]
+        assert cancel_tasks(tx, [Owned(id, None) for id in ids]) == [None]
         tx.write()
-        return erase_tasks(tx, [Erasure(id, None) for id in ids])
+        return erase_tasks(tx, [Owned(id, None) for id in ids])
 
     assert (await subject.write(both, task_id)).refused == "cancelled"
     assert (await erase(subject, task_id)).refused is None

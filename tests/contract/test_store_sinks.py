@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from service.db.tables import sinks
 from service.events.broker_worker import (
+    RELEASED,
     SinkLease,
-    advance_sinks,
+    change_sinks,
     lease_sinks,
-    release_sinks,
     sinks_behind,
 )
 from service.events.feed import outbox_end
@@ -59,9 +59,9 @@ async def test_a_sink_advances_as_far_as_the_broker_confirmed(subject: Subject) 
         await behind(subject, "image.task.*"),
         await behind(subject, "callback.*"),
     ) == (emitted_at, emitted_at, None)
-    assert await subject.write(advance_sinks, replace(mine, position=mine.position + 1))
+    assert await subject.write(change_sinks, (mine, {"position": mine.position + 1}))
     assert await behind(subject) == emitted_at + 3 * SECOND
-    assert await subject.write(advance_sinks, replace(mine, position=await end(subject)))
+    assert await subject.write(change_sinks, (mine, {"position": await end(subject)}))
     assert await behind(subject) is None
 
 
@@ -79,10 +79,10 @@ async def test_one_process_at_a_time_has_a_sink(two: tuple[Subject, Subject]) ->
     one.clock.shift(1)
     second = await held(other)
     assert (second.fence, second.position) == (first.fence + 1, first.position)
-    assert not await one.write(advance_sinks, replace(first, position=99))
-    assert not await one.write(release_sinks, first)
+    assert not await one.write(change_sinks, (first, {"position": 99}))
+    assert not await one.write(change_sinks, (first, RELEASED))
     assert await hold(one) is None
-    assert await other.write(release_sinks, second)
+    assert await other.write(change_sinks, (second, RELEASED))
     assert (await held(one)).fence == second.fence + 1
 
 
@@ -114,7 +114,7 @@ async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
     for _ in range(3):
         await subject.submitted()
     mine = replace(mine, position=mine.position + 1)
-    await subject.write(advance_sinks, mine)
+    await subject.write(change_sinks, (mine, {"position": mine.position}))
     subject.clock.shift(40 * DAY)
     before = subject.clock.now - 30 * DAY
     assert await hold(subject) is not None

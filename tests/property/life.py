@@ -11,6 +11,7 @@ for some.
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, rule
 
+from service.db.paging import Owned
 from service.db.queues import QUEUES
 from service.events.endpoints import (
     EndpointChange,
@@ -23,11 +24,11 @@ from service.queue.crashes import record_faults
 from service.tasks.accept import Inserted, insert_tasks
 from service.tasks.account_breaker import resume_submissions
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
-from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.cancel import cancel_tasks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionStart
-from service.upkeep.retention_sql import Erasure, erase_tasks, strip_tasks
+from service.upkeep.retention_sql import erase_tasks, strip_tasks
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_end import next_due
 from tests.property.life_leases import check_freed
@@ -303,10 +304,10 @@ class TaskLife(StoreMachine):
         match word:
             case "cancel":
                 write = Write(
-                    cancel_tasks, Cancellation(task_id, among([None, "painter", "printer"], other))
+                    cancel_tasks, Owned(task_id, among([None, "painter", "printer"], other))
                 )
             case "erase":
-                write = Write(erase_tasks, Erasure(task_id, None))
+                write = Write(erase_tasks, Owned(task_id, None))
             case "reconcile":
                 write = Write(reconcile_tasks, task_id)
             case "failed" | "resubmit":

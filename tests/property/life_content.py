@@ -2,7 +2,7 @@
 erasure.
 """
 
-from service.db.paging import Row
+from service.db.paging import Owned, Row
 from service.images import downloads
 from service.images.downloads import (
     AT_RISK_MS,
@@ -14,7 +14,7 @@ from service.images.downloads import (
     Retry,
 )
 from service.tasks.admin import REVIVED_MS, TaskResolution
-from service.upkeep.retention_sql import TASKS, Erasure
+from service.upkeep.retention_sql import TASKS
 from tests.contract.subject import MINUTE
 from tests.property.life_inbox import ENDED
 from tests.property.life_step import Step
@@ -108,15 +108,14 @@ def check_reconciled(step: Step, task_id: str) -> None:
         ), "a lost image is not fetched again"
 
 
-def check_erased(step: Step, item: Erasure) -> None:
-    was, row = step.task(item.task_id)
+def check_erased(step: Step, item: Owned) -> None:
+    was, row = step.task(item.id)
     assert step.result.refused == (was["state"] if was["state"] not in ENDED else None)
     if step.result.refused is None:
-        blobs = {image["blob"] for image in step.before.of(item.task_id) if image["blob"]}
+        blobs = {image["blob"] for image in step.before.of(item.id) if image["blob"]}
         assert set(step.result.blobs) == blobs, "a blob is left"
         assert all(
-            image["blob"] is None and image["state"] == "erased"
-            for image in step.now.of(item.task_id)
+            image["blob"] is None and image["state"] == "erased" for image in step.now.of(item.id)
         ), "an image is left"
         check_bare(row)
 

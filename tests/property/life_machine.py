@@ -19,7 +19,7 @@ from service.tasks.callbacks import Callback
 from service.tasks.settlements import Settlement
 from service.tasks.state import TERMINAL, State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
-from service.upkeep.retention_sql import Erasure, strip_tasks
+from service.upkeep.retention_sql import erase_tasks, strip_tasks
 from service.upstreams.base import Report, Uncertain
 from tests.contract.subject import DAY, HOUR, accept_callbacks, callback
 from tests.property.life_bench import Bench
@@ -171,8 +171,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.inbox.answered(
                 item, before.tasks[item.lease.key], self.snapshot.tasks[item.lease.key]
             )
-        elif isinstance(item, Erasure) and result.refused is None:
-            self.inbox.erased.add(item.task_id)
+        elif write.operation is erase_tasks and result.refused is None:
+            self.inbox.erased.add(item.id)
         elif write.operation is strip_tasks:
             for task_id, was in before.tasks.items():
                 if was["erased_at"] is None is not self.snapshot.tasks[task_id]["erased_at"]:

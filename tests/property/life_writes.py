@@ -2,10 +2,9 @@
 it (docs/api.md, docs/callbacks.md).
 """
 
-from service.db.paging import Row
+from service.db.paging import Owned, Row
 from service.tasks.account_breaker import SubmissionHold
 from service.tasks.callbacks import Callback
-from service.tasks.cancel import Cancellation
 from service.tasks.settlements import Settlement
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
@@ -299,14 +298,14 @@ def check_accept(step: Step, item: Callback) -> None:
     assert not first or row["called_back_at"] is not None
 
 
-def check_cancellation(step: Step, item: Cancellation) -> None:
-    was, row = step.task(item.task_id)
+def check_cancellation(step: Step, item: Owned) -> None:
+    was, row = step.task(item.id)
     mine = item.owner in (None, was["owner"])
     assert step.result == (
         "missing" if not mine else was["state"] if was["state"] in ENDED else None
     )
     if step.result is None:
-        assert (row["state"], step.now.of(item.task_id)) == (State.CANCELLED, []), (
+        assert (row["state"], step.now.of(item.id)) == (State.CANCELLED, []), (
             "the cancel did not end the task"
         )
         assert row["settle_due_at"] or not (was["upstream_id"] and was["settle_due_at"]), (

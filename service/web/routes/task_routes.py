@@ -8,13 +8,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
 
+from service.db.paging import Owned
 from service.errors import ApiError, invalid_request
 from service.images.downloads import quarantined_bodies
 from service.links import is_data, with_links
 from service.strict_json import JSON, LARGE, compact_json
 from service.tasks import task_queries
 from service.tasks.audit import unless_refused
-from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.cancel import cancel_tasks
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
@@ -201,7 +202,7 @@ async def callbacks(request: Request) -> Response:
 async def cancel(request: Request) -> Response:
     """Cancel a task."""
     row, caller = (await known_task(request))[0], caller_of(request)
-    task_id, cancellation = row.id, Cancellation(row.id, caller.sees)
+    task_id, cancellation = row.id, Owned(row.id, caller.sees)
     if row.owner == caller.owner:
         ended_as = await resources_of(request).store.write(cancel_tasks, cancellation)
     else:  # an operator
