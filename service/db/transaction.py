@@ -33,7 +33,9 @@ class Lease:
 
 @dataclass(slots=True)
 class Emitted:
-    """An event of this transaction. The flush sets its `sequence` and its number of deliveries."""
+    """An event of this transaction, with the document of its task as it is now. The flush sets its
+    `sequence` and its number of deliveries.
+    """
 
     id: str
     owner: str
@@ -41,8 +43,8 @@ class Emitted:
     task_id: str | None
     data: JSON
     terminal: bool = False
-    task_callback: bool = False  # the task has a callback_url of its own
-    called_back_at: int | None = None
+    task_callback: bool = False  # the event also goes to the task's own callback_url
+    called_back_at: int | None = None  # when the upstream's first terminal callback arrived
     sequence: int = 0
     deliveries: int = 0
 

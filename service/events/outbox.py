@@ -63,28 +63,6 @@ class DeliveryToSend:
     slot_at: int | None = None  # the time that the rate gave it
 
 
-def emit(
-    tx: Transaction,
-    type: str,
-    *,
-    owner: str,
-    task_id: str,
-    data: JSON,
-    terminal: bool = False,
-    task_callback: bool = False,
-    called_back_at: int | None = None,
-) -> None:
-    """Adds an event of a task. `data` is the task's document as it is now.
-
-    `task_callback`: the event also goes to the task's own callback_url. `called_back_at`: when
-    the upstream's first terminal callback arrived.
-    """
-    id = tx.id("event")
-    tx.emitted.append(
-        Emitted(id, owner, type, task_id, data, terminal, task_callback, called_back_at)
-    )
-
-
 def emit_operators(tx: Transaction, type: str, data: JSON, *, task_id: str | None = None) -> None:
     tx.emitted.append(Emitted(tx.id("event"), OPERATORS, type, task_id, data))
 

@@ -1,4 +1,4 @@
-"""The results of a task: expected, confirmed, finished."""
+"""The results of a task: expected, confirmed, waited for while they are missing, finished."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -12,10 +12,12 @@ from service.db.transaction import Transaction
 from service.events import outbox
 from service.links import usable
 from service.queue import leases
+from service.queue.backoff import results_wait
 from service.strict_json import JSON
 from service.tasks.rows import ImageRow, TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.transitions import change, end, task_error
+from service.upstreams.base import Report, Status
 
 # A link lives one such time, and the upstream gives links for one more: the last one dies after
 # two.
@@ -137,6 +139,27 @@ def _insert(
     row = ImageRow(**values)
     tx.insert(images, values | leases.enqueue(tx, "download", image_id, (row, task.origin)))
     return row
+
+
+def await_missing(
+    tx: Transaction, task: TaskRow, report: Report, ttl_ms: int, patience_ms: int
+) -> int | None:
+    """Keeps the results that a completed task has so far, and returns when to ask for the missing
+    ones. None: `patience_ms` are up since the first such answer, or the task needs none.
+    """
+    if task.settled_digest is not None or task.state is State.CANCELLED or task.erased_at:
+        return None
+    if task.incomplete_since is None:
+        change(tx, task, incomplete_since=tx.now)
+        tx.step(task.id, "task.results_awaited", results=len(report.results), raw=report.results)
+    waited = tx.now - (task.incomplete_since or 0)
+    if waited >= patience_ms:
+        return None
+    if task.state is State.SUBMITTED:
+        change(tx, task, upstream_status=Status.PROCESSING)
+    expect(tx, task, report.results, ttl_ms, last=False)
+    wait_ms = round(results_wait(waited / 1000) * 1000)
+    return tx.now + min(wait_ms, patience_ms - waited)
 
 
 def awaited(tx: Transaction, task_id: str) -> bool:

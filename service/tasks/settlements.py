@@ -8,9 +8,9 @@ from sqlalchemy import select
 
 from service.db.transaction import Lease, Transaction
 from service.queue import leases
-from service.queue.backoff import results_wait
 from service.tasks.ledger import entered
 from service.tasks.results import (
+    await_missing,
     awaited,
     expect,
     finish_if_done,
@@ -90,8 +90,10 @@ def _record(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
         change(tx, row, upstream_id_from="query")
     if row.state in UNPROVED and row.upstream_id is not None:
         submitted(tx, row, row.upstream_id, row.upstream_id_from or "", report)
-    if report.incomplete and (again_at := _await_results(tx, row, report, item)) is not None:
-        return again_at
+    if report.incomplete:
+        again_at = await_missing(tx, row, report, item.result_ttl_ms, item.patience_ms)
+        if again_at is not None:
+            return again_at
     if row.terminal:
         return _record_late(tx, row, report, item)
     if report.final:
@@ -155,25 +157,6 @@ def _just_called_back(tx: Transaction, row: TaskRow, item: Settlement) -> bool:
     """Whether a callback proved an outcome so recently that a query may not know it yet."""
     called = row.settled_digest is None and row.called_back_at is not None
     return called and tx.now - (row.called_back_at or 0) < item.patience_ms
-
-
-def _await_results(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> int | None:
-    """Keeps the results that a completed task has so far, and returns when to ask for the others.
-    None: the time for them is up, or the task needs none.
-    """
-    if row.settled_digest is not None or row.state is State.CANCELLED or row.erased_at is not None:
-        return None
-    if row.incomplete_since is None:
-        change(tx, row, incomplete_since=tx.now)
-        tx.step(row.id, "task.results_awaited", results=len(report.results), raw=report.results)
-    waited = tx.now - (row.incomplete_since or 0)
-    if waited >= item.patience_ms:
-        return None
-    if row.state is State.SUBMITTED:
-        change(tx, row, upstream_status=Status.PROCESSING)
-    expect(tx, row, report.results, item.result_ttl_ms, last=False)
-    wait_ms = round(results_wait(waited / 1000) * 1000)
-    return tx.now + min(wait_ms, item.patience_ms - waited)
 
 
 def _finish(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import ColumnElement, Exists, Select, bindparam, delete, exists, or_, select
 
 from service.db.tables import images, inbox, steps, tasks
-from service.db.transaction import Lease, Transaction
+from service.db.transaction import Emitted, Lease, Transaction
 from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON, storable
@@ -210,16 +210,12 @@ def _emit(
     terminal: bool = False,
 ) -> None:
     tx.origins[row.id] = row.origin
-    outbox.emit(
-        tx,
-        f"image.task.{state}",
-        owner=row.owner,
-        task_id=row.id,
-        data=event_task(row, images),
-        terminal=terminal,
-        task_callback=terminal and row.callback_url is not None,
-        called_back_at=row.called_back_at if terminal else None,
-    )
+    id, type, data = tx.id("event"), f"image.task.{state}", event_task(row, images)
+    event = Emitted(id, row.owner, type, row.id, data)
+    if terminal:
+        event.terminal, event.task_callback = True, row.callback_url is not None
+        event.called_back_at = row.called_back_at
+    tx.emitted.append(event)
 
 
 def note_once(tx: Transaction, row: TaskRow, step: str, **detail: str) -> None:

@@ -61,26 +61,19 @@ class UpstreamCheck:
             self.breaker.changed.clear()
             reason = self.breaker.reason if self.breaker.is_open else None
             try:
-                await self.resources.store.write(tell, AccountState(self.upstream.name, reason))
+                await self.resources.store.write(tell, (self.upstream.name, reason))
             except StoreUnavailable:
                 self.breaker.changed.set()
                 await asyncio.sleep(AGAIN_S)
 
 
-@dataclass(frozen=True, slots=True)
-class AccountState:
-    """`reason` None: the upstream takes the service's key and account."""
-
-    upstream: str
-    reason: str | None
-
-
 @one_by_one
-def tell(tx: Transaction, item: AccountState) -> None:
-    """Emits the operators' event, unless another process has told the same."""
-    if set_counter(tx, REFUSED, int(item.reason is not None)):
-        data = {"upstream": item.upstream}
-        if item.reason is None:
-            outbox.emit_operators(tx, "account.restored", data)
-        else:
-            outbox.emit_operators(tx, "account.refused", data | {"reason": item.reason})
+def tell(tx: Transaction, item: tuple[str, str | None]) -> None:
+    """Emits the operators' event about an upstream, unless another process has told the same.
+    Without a reason, the upstream takes the service's key and account.
+    """
+    upstream, reason = item
+    if set_counter(tx, REFUSED, int(reason is not None)):
+        data = {"upstream": upstream} | ({} if reason is None else {"reason": reason})
+        name = "account.restored" if reason is None else "account.refused"
+        outbox.emit_operators(tx, name, data)

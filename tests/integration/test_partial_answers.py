@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from service.backends import INLINE_IMAGES
 from service.queue.backoff import results_wait
 from service.settings import load_settings
-from service.tasks import settlements
+from service.tasks import results
 from service.upstreams.catalogue import load_catalogue
 from tests.callbacks import judged, raw, verdict
 from tests.downloads import bytes_of, noise, quick
@@ -38,7 +38,7 @@ async def asking(server: Said, folder: Path, **more: Any) -> AsyncIterator[World
         "max_image_bytes": MAX_BYTES,
     }
     with quick(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settlements, "results_wait", lambda _: 0.05)
+        patch.setattr(results, "results_wait", lambda _: 0.05)
         async with world(folder, **settings, **more) as made:
             yield made
 
@@ -480,7 +480,7 @@ async def test_without_confirmation_a_callback_without_results_is_asked_about(
     """With `EVOLINK_CONFIRM=never` a callback settles a task only if it names the results."""
     settings: JSON = {"evolink_base_url": server.url, "evolink_confirm": "never"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settlements, "results_wait", lambda _: 0.05)
+        patch.setattr(results, "results_wait", lambda _: 0.05)
         async with world(tmp_path, reconcile_after_s=600, **settings) as here:
             empty = COMPLETED.replace(b'"$LINK"', b"")
             task = await ended(here, server, empty, COMPLETED, callback=empty)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.tasks import settlements
+from service.tasks import results
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.upstreams.sandbox.effects import UNUSABLE
 from tests.crash.chaos import upstream as chaos
@@ -34,7 +34,7 @@ async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]
     options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05, seed=1)
     with quick(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(chaos, "UNTIDY", 1.0)
-        patch.setattr(settlements, "results_wait", lambda _: 0.05)
+        patch.setattr(results, "results_wait", lambda _: 0.05)
         app = Untidy(Noting(create_sandbox(options)), Random(1))
         folder = tmp_path_factory.mktemp("untidy")
         async with world(folder, upstream=app, reconcile_after_s=0.5) as made:
