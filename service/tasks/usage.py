@@ -3,13 +3,14 @@
 All figures of a task count for the day on which it was accepted, whenever they became known.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, Table, cast, func, select
 
+from service.credits import credits_number
 from service.db.operator_tables import ledger
 from service.db.paging import Selection
 from service.db.tables import images, tasks
@@ -20,34 +21,19 @@ DAY_MS = 86_400_000
 MAX_KEYS = 10_000  # of one report
 GROUPS = ("day", "model", "owner", "task")
 SHOWN_IMAGES = (images.c.confirmed, images.c.state.in_(("stored", "erased")))
-
-
-@dataclass(slots=True)
-class UsageFigures:
-    """Sums of tasks, with credits in millionths. `reserved` is what the upstream reserved, or the
-    estimate while the upstream has not answered. `used` is before `refunded`.
-    """
-
-    tasks: int = 0
-    images_requested: int = 0
-    images: int = 0
-    estimated: int = 0
-    reserved: int = 0
-    used: int = 0
-    refunded: int = 0
-
-    def add(self, **figures: int) -> None:
-        for name, value in figures.items():
-            setattr(self, name, getattr(self, name) + int(value or 0))
+COUNTS = ("tasks", "images_requested", "images")
+# In millionths. `reserved` is what the upstream reserved, or the estimate while the upstream has not
+# answered. `used` is before `refunded`.
+CREDITS = ("estimated", "reserved", "used", "refunded")
 
 
 def usage_by(
     connection: Connection, by: str, wanted: Selection, most: int | None = None
-) -> dict[str, UsageFigures]:
+) -> dict[str, Counter[str]]:
     """The figures by key, in the order of the keys. A day is a date of UTC. At most one more than
     `MAX_KEYS`. With `most`, only that many keys with the highest cost, the highest first.
     """
-    found: dict[str, UsageFigures] = {}
+    found: dict[str, Counter[str]] = {}
     keys = None if most is None else dearest(connection, by, wanted, most)
 
     def read(table: Table, *columns: ColumnElement[Any], where: Sequence[Any] = ()) -> None:
@@ -57,8 +43,8 @@ def usage_by(
             statement = statement.where(key.in_(keys))
         statement = statement.group_by(key).order_by(key).limit(MAX_KEYS + 1)
         for row in connection.execute(statement).mappings():
-            figures = found.setdefault(key_text(by, row["key"]), UsageFigures())
-            figures.add(**{name: value for name, value in row.items() if name != "key"})
+            figures = found.setdefault(key_text(by, row["key"]), Counter())
+            figures.update({name: int(row[name] or 0) for name in row if name != "key"})
 
     counted = func.count().label("tasks")
     requested = func.sum(func.coalesce(tasks.c.images_requested, 1)).label("images_requested")
@@ -100,19 +86,7 @@ def key_text(by: str, key: Any) -> str:
     return f"{datetime.fromtimestamp(int(key) * 86400, UTC):%Y-%m-%d}"
 
 
-def totals(rows: Sequence[UsageFigures]) -> UsageFigures:
-    total = UsageFigures()
-    for row in rows:
-        total.add(**{field.name: getattr(row, field.name) for field in fields(row)})
-    return total
-
-
-def figures_document(figures: UsageFigures, number: Any) -> JSON:
-    """The figures as clients see them. `number` writes credits."""
-    counts = ("tasks", "images_requested", "images")
-    return {
-        field.name: getattr(figures, field.name)
-        if field.name in counts
-        else number(getattr(figures, field.name))
-        for field in fields(figures)
-    }
+def figures_document(figures: Counter[str]) -> JSON:
+    """The figures as clients see them."""
+    credits = {name: credits_number(figures[name]) for name in CREDITS}
+    return {name: figures[name] for name in COUNTS} | credits

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from datetime import date, timedelta
 from functools import partial
 
@@ -53,8 +54,11 @@ async def report(request: Request) -> Response:
     if len(found) > MAX_KEYS:
         message = f"the report has more than {MAX_KEYS} rows: narrow it by from and to"
         raise invalid_request(message, "by")
-    rows = [{"key": key, **figures_document(row, credits_number)} for key, row in found.items()]
-    totals = figures_document(usage.totals(list(found.values())), credits_number)
+    rows = [{"key": key, **figures_document(row)} for key, row in found.items()]
+    sums = Counter[str]()
+    for row in found.values():
+        sums.update(row)
+    totals = figures_document(sums)
     if asks_for(request, "text/csv"):
         return as_csv(rows, ["key", *totals])
     return JSONResponse({"data": rows, "totals": totals})
