@@ -18,7 +18,7 @@ from service.images.validated_image import InvalidImage, MeasuredImage, Validati
 from service.images.validator import ImageValidator
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.tasks.files import ErasedFile, FileRow, erase_files, insert_files, store_files
+from service.tasks.files import FileRow, erase_files, insert_files, store_files
 from service.tasks.upstream_copies import forget_copy
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_images import formats_of, image_complaint, too_long
@@ -45,10 +45,6 @@ class InputFiles:
     def most(self, rule: ImagesField) -> int:
         return self.max_bytes if rule.max_bytes is None else rule.max_bytes
 
-    async def check_room(self) -> None:
-        """Raises ApiError 503 if the blob store has too little space left."""
-        await self.resources.check_room(self.min_free_bytes, "files")
-
     async def keep(
         self,
         owner: str,
@@ -62,7 +58,7 @@ class InputFiles:
         """The stored file. `name` is called after the last chunk. Raises ApiError 400 or 413 with
         `param` for an image that breaks the rule, 503 without space. BlobUnavailable.
         """
-        await self.check_room()
+        await self.resources.check_room(self.min_free_bytes, "files")
         async with self.resources.blobs.incoming() as file:
             await receive(file, chunks, param, self.most(rule))
             found = await self.validator.validate(file.path, flatten=flatten)
@@ -110,16 +106,13 @@ class InputFiles:
         if erased is None:
             return False
         log.info("file.erased", file_id=file_id)
-        await self._forget(erased)
-        return True
-
-    async def _forget(self, erased: ErasedFile) -> None:
         try:
             await self.resources.blobs.delete(erased.blob)
         except BlobUnavailable as error:  # the sweep will find the blob
             log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
         if erased.copy is not None:
             await forget_copy(self.resources, erased.copy)
+        return True
 
 
 def check_found(found: Validation, rule: ImagesField, param: str) -> MeasuredImage:

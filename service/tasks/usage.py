@@ -22,8 +22,8 @@ MAX_KEYS = 10_000  # of one report
 GROUPS = ("day", "model", "owner", "task")
 SHOWN_IMAGES = (images.c.confirmed, images.c.state.in_(("stored", "erased")))
 COUNTS = ("tasks", "images_requested", "images")
-# In millionths. `reserved` is what the upstream reserved, or the estimate while the upstream has not
-# answered. `used` is before `refunded`.
+# In millionths. `reserved` is what the upstream reserved, or the estimate before it answered.
+# `used` is before `refunded`.
 CREDITS = ("estimated", "reserved", "used", "refunded")
 
 
