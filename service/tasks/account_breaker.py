@@ -44,7 +44,7 @@ class AccountBreaker:
     def __init__(self, resources: Resources, upstream: Upstream, schedule: Sequence[float]) -> None:
         self._resources, self._upstream, self._schedule = resources, upstream, schedule
         self._opened = asyncio.Event()
-        self._opened_at, self._reason = 0, ""
+        self._opened_at, self.reason = 0, ""
         self._trials = 0  # since the upstream took a submission
         # False: they answered after a refused submission, and no submission was taken since.
         self._credits_count = True
@@ -59,15 +59,11 @@ class AccountBreaker:
     def is_open(self) -> bool:
         return self._opened.is_set()
 
-    @property
-    def reason(self) -> str:
-        return self._reason
-
     def open(self, reason: str) -> None:
         """The upstream refused a submission because of the key or the account."""
         self._resources.metrics.account_refusals.inc()
         self._open(reason, half=False)
-        self._confirmed, self._reason = True, reason
+        self._confirmed, self.reason = True, reason
 
     def refused(self, kind: str, reason: str) -> None:
         """The answer to a call of any kind refuses the key or the account."""
@@ -78,7 +74,7 @@ class AccountBreaker:
 
     def _open(self, reason: str, *, half: bool) -> None:
         if not self.is_open:
-            self._opened_at, self._reason = self._resources.clock(), reason
+            self._opened_at, self.reason = self._resources.clock(), reason
             self._half_open = half
             self._opened.set()
             self.changed.set()
@@ -161,7 +157,7 @@ class AccountBreaker:
 
     def _same_refusal(self, answer: Response) -> bool:
         code = section_of(document_of(answer.body), "error").get("code")
-        return answer.status == 401 or (answer.status == 403 and f"403 {code}" == self._reason)
+        return answer.status == 401 or (answer.status == 403 and f"403 {code}" == self.reason)
 
     async def _close(self) -> None:
         """Held tasks are due at once."""

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_
 
-from service.db.tables import images, tasks
+from service.db.tables import images
 from service.db.transaction import Transaction
 from service.queue import leases
 from service.tasks.results import awaits_link, forget_failures
 from service.tasks.rows import TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.submissions import end_uncertain
-from service.tasks.transitions import ask, change, lock, submitted
+from service.tasks.transitions import ask, change, is_taken, lock, submitted
 from service.upstreams.base import Report
 
 # A lost image waits so long for a query that is answered, then its old link is tried.
@@ -49,11 +49,9 @@ def _resolve(tx: Transaction, row: TaskRow, item: TaskResolution) -> str | None:
     if row.state is not State.UNCERTAIN and not (item.upstream_id and _nameable(row)):
         return row.state.value
     if item.upstream_id is not None:
-        same = (tasks.c.upstream == row.upstream, tasks.c.upstream_id == item.upstream_id)
-        if tx.connection.scalar(select(tasks.c.id).where(*same, tasks.c.id != row.id)) is not None:
+        if is_taken(tx, row, item.upstream_id):
             return "taken"
         submitted(tx, row, item.upstream_id, "hand", Report(upstream_id=item.upstream_id))
-        tx.write()  # the next item may name the same id
         ask(tx, row)
     elif item.resubmit:
         change(tx, row, resubmit=True, **leases.requeue(tx, "submit", row.id, row))

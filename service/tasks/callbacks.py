@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Any
 
-from sqlalchemy import Select, bindparam, func, select, tuple_
+from sqlalchemy import Select, bindparam, func, select
 
 from service.db.prepared import run
-from service.db.tables import callbacks, tasks
+from service.db.tables import callbacks
 from service.db.transaction import Transaction
 from service.events import outbox
 from service.ops import tracing
 from service.tasks.results import anticipate
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import ask, change, fill, submitted
+from service.tasks.transitions import ask, change, fill, is_taken, submitted
 from service.upstreams.base import Report, Status, outcome_digest
 
 UNREADABLE_BYTES = 16 * 1024  # kept of an unreadable body
@@ -69,13 +69,10 @@ class CallbackRow:
 
 @dataclass(slots=True)
 class Inbox:
-    """The locked task of a callback, its earlier callbacks by digest, and which task has an
-    upstream id that a callback names.
-    """
+    """The locked task of a callback, and its earlier callbacks by digest."""
 
     tx: Transaction
     row: TaskRow
-    owners_of: dict[str, str]
     kept: dict[str, CallbackRow] = field(default_factory=dict)
 
     @property
@@ -100,8 +97,7 @@ def give_verdicts(
     """Judges callbacks of the locked tasks `rows`, in their order, and keeps them. An accepted one
     makes its task due for a confirmation.
     """
-    owners_of = _owners_of(tx, items, rows)
-    inboxes = {task_id: Inbox(tx, row, owners_of) for task_id, row in rows.items()}
+    inboxes = {task_id: Inbox(tx, row) for task_id, row in rows.items()}
     for callback in starmap(CallbackRow, run(tx.connection, _EARLIER, {"task_ids": list(rows)})):
         inboxes[callback.task_id].kept[callback.digest] = callback
     verdicts = []
@@ -115,24 +111,6 @@ def give_verdicts(
     return verdicts
 
 
-def _owners_of(
-    tx: Transaction, items: Sequence[Callback], rows: dict[str, TaskRow]
-) -> dict[str, str]:
-    """Which task has an upstream id that a callback names for a task without one."""
-    unnamed = {task_id for task_id, row in rows.items() if row.upstream_id is None}
-    names = {
-        (item.upstream, item.report.upstream_id)
-        for item in items
-        if item.report and item.report.upstream_id and item.task_id in unnamed
-    }
-    if not names:
-        return {}
-    statement = select(tasks.c.upstream_id, tasks.c.id).where(
-        tuple_(tasks.c.upstream, tasks.c.upstream_id).in_(names)
-    )
-    return {row.upstream_id: row.id for row in tx.connection.execute(statement)}
-
-
 def _judge(inbox: Inbox, item: Callback) -> str:
     row, report = inbox.row, item.report
     for callback in inbox.kept.values():
@@ -143,14 +121,11 @@ def _judge(inbox: Inbox, item: Callback) -> str:
             ask(inbox.tx, row)
         return "unreadable"
     named, report = report.upstream_id, report.without_credits()  # until a query confirms them
-    if named and (
-        inbox.owners_of.get(named, row.id) != row.id or row.upstream_id not in (None, named)
-    ):
+    if named and row.upstream_id != named and (row.upstream_id or is_taken(inbox.tx, row, named)):
         digest = outcome_digest(report.status, report.results, named)
         return _conflict(inbox, item, digest, f"names {named}, known is {row.upstream_id}")
     digest = outcome_digest(report.status, report.results)
     if named and row.upstream_id is None:
-        inbox.owners_of[named] = row.id
         submitted(inbox.tx, row, named, "callback", report)
         if not report.final or inbox.first == digest:
             # The submit response, which plans the first query, may never come, and the first

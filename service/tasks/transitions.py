@@ -156,6 +156,13 @@ def _named(tx: Transaction, row: TaskRow, upstream_id: str, source: str) -> dict
     return values
 
 
+def is_taken(tx: Transaction, row: TaskRow, upstream_id: str) -> bool:
+    """Whether another task has this id at the upstream."""
+    tx.write()  # this transaction may have bound it
+    same = (tasks.c.upstream == row.upstream, tasks.c.upstream_id == upstream_id)
+    return tx.connection.scalar(select(tasks.c.id).where(*same, tasks.c.id != row.id)) is not None
+
+
 def ask(tx: Transaction, row: TaskRow) -> None:
     """Requests a query of the upstream now. A query that is under way does not count."""
     due = leases.requeue(tx, "settle", row.id, row) if row.upstream_id is not None else {}
