@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 
 from service.credits import credits_number
 from service.db.tables import images
@@ -28,21 +28,22 @@ def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int)
     """Starts the downloads of results that only a callback named so far. They count once a query
     agrees. An earlier query may have named some of them.
     """
-    known = set() if task.incomplete_since is None else _positions(tx, task.id)
+    before = [] if task.incomplete_since is None else task_images(tx, task.id)
+    known = {row.position for row in before}
     for position, url in enumerate(urls):
         if usable(url) and position not in known:
             _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
 
 
+def task_images(tx: Transaction, task_id: str) -> list[ImageRow]:
+    """The images of the task, as this transaction has left them."""
+    tx.write()
+    return image_rows(tx.connection, select_images(images.c.task_id == task_id))
+
+
 def named_so_far(tx: Transaction, task_id: str) -> list[str]:
     """Empty links for the results that the task has rows for, so that `expect` confirms these."""
-    return [""] * (1 + max(_positions(tx, task_id), default=-1))
-
-
-def _positions(tx: Transaction, task_id: str) -> set[int]:
-    tx.write()
-    positions = select(images.c.position).where(images.c.task_id == task_id)
-    return set(tx.connection.execute(positions).scalars())
+    return [""] * (1 + max((row.position for row in task_images(tx, task_id)), default=-1))
 
 
 def expect(
@@ -164,9 +165,7 @@ def await_missing(
 
 def awaited(tx: Transaction, task_id: str) -> bool:
     """Whether an image of the task is still to be fetched."""
-    tx.write()
-    pending = select(images.c.id).where(images.c.task_id == task_id, images.c.state == "pending")
-    return tx.connection.execute(pending).first() is not None
+    return any(row.state == "pending" for row in task_images(tx, task_id))
 
 
 def finish_if_done(tx: Transaction, task: TaskRow, rows: Sequence[ImageRow] | None = None) -> None:
@@ -177,9 +176,7 @@ def finish_if_done(tx: Transaction, task: TaskRow, rows: Sequence[ImageRow] | No
     """
     if task.settled_digest is None or not (task.terminal or task.state is State.STORING):
         return
-    if rows is None:
-        tx.write()
-        rows = image_rows(tx.connection, select_images(images.c.task_id == task.id))
+    rows = task_images(tx, task.id) if rows is None else rows
     rows = sorted(rows, key=attrgetter("position"))
     if any(row.state == "pending" for row in rows):
         return
