@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -14,7 +13,6 @@ from service.strict_json import JSON
 
 if TYPE_CHECKING:
     from service.db.batching import BatchingStore
-    from service.db.file_lock import FileLock
     from service.events.secrets import Write
     from service.settings import Settings
     from service.signing import Keyring
@@ -66,21 +64,13 @@ def is_local(url: str) -> bool:
         return host == "localhost"
 
 
-def store_lock(path: Path) -> "FileLock":
-    """The lock that the process holds that serves the store."""
-    from service.db.file_lock import FileLock
-
-    return FileLock(path.with_name(path.name + ".lock"))
-
-
 def is_unserved(settings: "Settings") -> bool:
     """Whether no process holds the lock of the embedded store at this moment."""
+    from service.db.file_lock import store_lock
+
     assert settings.sqlite_path is not None
-    lock = store_lock(settings.sqlite_path)
-    if lock.acquire():
-        lock.release()
-        return True
-    return False
+    with store_lock(settings.sqlite_path) as alone:
+        return alone
 
 
 def in_store(settings: "Settings", action: Action, asked: JSON) -> tuple[JSON, str]:

@@ -34,7 +34,7 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Check a backup and put it where the settings say. The service must be stopped."""
-    from service.cli.direct_keys import store_lock
+    from service.db.file_lock import store_lock
     from service.folders import keep_private
     from service.settings import load_settings
 
@@ -47,13 +47,10 @@ def restore(
             "the store was served while this backup was made, so it went on after it: restore"
             " without --moved"
         )
-    lock = store_lock(path)
-    if not lock.acquire():
-        raise CommandFailed(f"another darkroom process uses {path}: stop it first")
-    try:
+    with store_lock(path) as alone:
+        if not alone:
+            raise CommandFailed(f"another darkroom process uses {path}: stop it first")
         show(put_back(dir, manifest, settings, path, force=force, moved=moved), as_json)
-    finally:
-        lock.release()
 
 
 def read_manifest(folder: Path, settings: "Settings") -> "Manifest":

@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 from service.db import schema
 from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import SteadyClock
-from service.db.file_lock import FileLock
+from service.db.file_lock import store_lock
 from service.db.integrity import begin, connecting, damaged, examine
 from service.db.prepared import DRIVER
 from service.db.queues import release_all
@@ -208,24 +208,23 @@ async def open_sqlite(
     """Opens the store for this process alone. ConfigurationError: another process has it, or the
     file cannot be used.
     """
-    lock = FileLock(path.with_name(path.name + ".lock"))
-    if not lock.acquire():
-        raise StoreInUse(f"another darkroom process uses {path}: only one may on SQLite")
     store = None
-    try:
+    with store_lock(path) as alone:
+        if not alone:
+            raise StoreInUse(f"another darkroom process uses {path}: only one may on SQLite")
         try:
-            await asyncio.to_thread(examine, path)
-            await asyncio.to_thread(begin, path)
-            store = SqliteStore(path, process, new_id, flush, clock or SteadyClock())
-            await asyncio.to_thread(store.prepare, migrate=migrate)
-            make_private(path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")))
-        except (DatabaseError, sqlite3.Error, OSError) as error:
-            raise ConfigurationError(
-                f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"
-            ) from error
-        async with store.committing():
-            yield store
-    finally:
-        if store is not None:
-            await asyncio.to_thread(store.dispose)
-        lock.release()
+            try:
+                await asyncio.to_thread(examine, path)
+                await asyncio.to_thread(begin, path)
+                store = SqliteStore(path, process, new_id, flush, clock or SteadyClock())
+                await asyncio.to_thread(store.prepare, migrate=migrate)
+                make_private(path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")))
+            except (DatabaseError, sqlite3.Error, OSError) as error:
+                raise ConfigurationError(
+                    f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"
+                ) from error
+            async with store.committing():
+                yield store
+        finally:
+            if store is not None:
+                await asyncio.to_thread(store.dispose)

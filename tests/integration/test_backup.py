@@ -18,7 +18,7 @@ import pytest
 from starlette.responses import Response
 
 from service.cli.backup import summed
-from service.db.file_lock import FileLock
+from service.db.file_lock import store_lock
 from service.tasks.state import State
 from service.upkeep.restoring import SEQUENCES
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted
@@ -354,12 +354,9 @@ def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: s
 def test_a_served_store_is_not_restored_over(folder: Path) -> None:
     """The process that holds the lock owns the store, even with --force."""
     (folder / "old").rename(folder / "data")
-    lock = FileLock(folder / "data/darkroom.db.lock")
-    assert lock.acquire()
-    try:
+    with store_lock(folder / "data/darkroom.db") as alone:
+        assert alone
         assert "another darkroom process uses" in refusal(folder, "restore", "kept", "--force")
-    finally:
-        lock.release()
 
 
 def too_little(folder: Path) -> tuple[int, ...]:
