@@ -20,6 +20,7 @@ from service.ops.logging import configure
 from service.signing import Keyring
 from tests.bytecode import compile_share
 from tests.checked_lines import LATE, CheckedOutput, check_text, finish, found
+from tests.disks import use_memory
 from tests.known_secrets import know
 from tests.s3 import s3_running, with_bucket
 from tests.servers import (
@@ -180,6 +181,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    use_memory()
     compile_share(config)
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,18 @@ from pathlib import Path
 from tests.servers import missing
 
 BALLAST = "ballast"
+MEMORY, ROOM = Path("/dev/shm"), 2 << 30
+
+
+def use_memory() -> None:
+    """Temporary files of the run and of its processes go to a file system in memory, if it has room
+    and programs may run from it. There, nobody waits for a disk. No test cuts the power: those of
+    durability follow the calls that a process makes.
+    """
+    if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK):
+        return
+    if shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 
 @contextmanager

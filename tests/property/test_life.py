@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import os
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -55,21 +54,12 @@ QUICK = settings(
 
 @contextmanager
 def on_sqlite() -> Iterator[Bench]:
-    memory = Path("/dev/shm")  # no test here cuts the power, so no disk is needed
-    folder = Path(
-        tempfile.mkdtemp(
-            prefix="darkroom-life-", dir=memory if os.access(memory, os.W_OK) else None
-        )
-    )
     clock = Clock()
-    opener = partial(
-        open_sqlite, folder / "darkroom.db", process="one", new_id=new_id, clock=lambda: clock.now
-    )
-    try:
+    with tempfile.TemporaryDirectory(prefix="darkroom-life-") as folder:
+        path = Path(folder) / "darkroom.db"
+        opener = partial(open_sqlite, path, process="one", new_id=new_id, clock=lambda: clock.now)
         with Bench([opener], clock, exclusive=True).opened() as bench:
             yield bench
-    finally:
-        shutil.rmtree(folder)
 
 
 @contextmanager
