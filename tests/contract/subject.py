@@ -56,7 +56,7 @@ from service.upstreams.base import (
 
 SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
 DAY = 24 * HOUR
-LEASE = 30 * SECOND
+LEASE = 15 * SECOND
 FIRST_QUERY, ASK_AGAIN = 90 * SECOND, 60 * SECOND
 OWNER = "painter"
 
