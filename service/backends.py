@@ -25,7 +25,7 @@ from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id
 from service.setting_types import KEY_BYTES, Networks, keys_of
 from service.settings import Settings
-from service.signing import Keyring
+from service.signing import Keyring, LinkSigner
 from service.tasks import owner_keys
 from service.upstreams.base import Upstream, UpstreamCall
 from service.upstreams.evolink import EvoLink
@@ -199,6 +199,8 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             Rules("inputs", settings.task_callback_networks, redirects=RESULT_REDIRECTS)
         )
         called, key = call_recorder(metrics), upstream_key(settings)
+        ttl_s = settings.image_link_ttl_s
+        signer = LinkSigner(keyring, ttl_s, wall_clock) if ttl_s else None
         yield Resources(
             store=store,
             task_id_prefix=settings.task_id_prefix,
@@ -215,7 +217,10 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             file_api=FileApi(upstream, settings.files_url, key, settings.submit_timeout_s, called),
             keyring=keyring,
             metrics=metrics,
-            links=Links(settings.base_url, settings.image_base_url),
+            links=Links(
+                settings.base_url, settings.image_base_url, signer.sign if signer else None
+            ),
+            link_signer=signer,
             clock=wall_clock,
         )
 

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
@@ -56,16 +57,26 @@ def data_of(url: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """`image_base_url` serves the blob store under the same names. None: the service does."""
+    """`image_base_url` serves the blob store under the same names. None: the service does.
+
+    `sign` makes the query that signs the link of an image, by its id. None: links live as long as
+    their images.
+    """
 
     base_url: str
     image_base_url: str | None = None
+    sign: Callable[[str], str] | None = None
+
+    def image_path(self, name: str) -> str:
+        """Of an image's id, with or without the ending of a file's name."""
+        query = self.sign(name.partition(".")[0]) if self.sign else ""
+        return f"/images/{name}{query}"
 
     def image(self, task_id: str, image: JSON) -> str:
         if self.image_base_url is None:
             extension = EXTENSIONS.get(image["media_type"])
             name = f"{image['id']}.{extension}" if extension else image["id"]
-            return f"{self.base_url}/images/{name}"
+            return self.base_url + self.image_path(name)
         blob = blob_name(task_id, image["index"], image["sha256"], image["media_type"])
         return f"{self.image_base_url}/{blob}"
 

@@ -17,7 +17,7 @@ from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.queue.shared_commits import SharedCommits
 from service.recent_look import RecentLook
-from service.signing import Keyring
+from service.signing import Keyring, LinkSigner
 from service.upstreams.base import Upstream
 from service.upstreams.file_api import FileApi
 
@@ -43,6 +43,7 @@ class Resources:
     inputs: Egress  # fetches links that clients give for their input images
     file_api: FileApi  # takes input images for the upstream
     keyring: Keyring
+    link_signer: LinkSigner | None
     metrics: Metrics
     links: Links
     clock: Callable[[], int]  # milliseconds since 1970 UTC

@@ -36,12 +36,6 @@ def split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def only_default(value: object) -> object:
-    if value:
-        raise ValueError("is not supported by this version: it should be unset")
-    return value
-
-
 def lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -203,7 +197,6 @@ Sinks = Annotated[
     AfterValidator(distinct),
 ]
 Requests = Annotated[str, AfterValidator(request_rate)]
-OnlyDefault = AfterValidator(only_default)
 Lower = BeforeValidator(lower)
 
 

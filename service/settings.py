@@ -67,8 +67,10 @@ class Settings(BaseModel):
     task_id_prefix: Literal["task_", "task-unified-"] = "task_"
     """How the ids of new tasks begin. Some clients of the upstream look for ids of the form
     `task-unified-…` in a response."""
-    image_link_ttl_s: Annotated[float, types.OnlyDefault] = 0
-    """How long a link to an image lives. 0: as long as the image. This version supports only 0."""
+    image_link_ttl_s: Annotated[int, Field(ge=0, le=types.TEN_YEARS_S)] = 0
+    """How long a link to an image lives. 0: as long as the image. Otherwise each answer and each
+    event has new links, which are signed and expire. A CDN cannot check them, so this needs an
+    unset `DARKROOM_IMAGE_BASE_URL`."""
     secret_key: types.SecretKeys | None = None
     """Comma-separated keys of at least 32 bytes. The first key signs and encrypts. All keys verify
     and decrypt."""
@@ -204,6 +206,13 @@ class Settings(BaseModel):
             types.check_postgres_url(value)
         elif not re.fullmatch(r"sqlite:///[^:?][^?]*", value):
             raise ValueError("should be sqlite:///FILE, a file and no options")
+        return value
+
+    @field_validator("image_link_ttl_s")
+    @classmethod
+    def _check_link_ttl(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("image_base_url"):
+            raise ValueError(f"should be 0 with {PREFIX}IMAGE_BASE_URL, whose links are not signed")
         return value
 
     @field_validator("metrics_port")

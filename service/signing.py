@@ -8,7 +8,8 @@ import binascii
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -43,6 +44,7 @@ class Keyring:
                 f"DARKROOM_SECRET_KEY: wants one key or more, each of at least {KEY_BYTES} bytes"
             )
         self._token_keys = [_derive(key, "callback token") for key in keys]
+        self._link_keys = [_derive(key, "image link") for key in keys]
         boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
         self._signer_keys = [_derive(key, "webhook signature") for key in keys]
         self._first, self._box = boxes[0], MultiFernet(boxes)
@@ -91,6 +93,17 @@ class Keyring:
             valid |= hmac.compare_digest(_token(key, upstream, task_id), given)
         return valid
 
+    def sign_link(self, image_id: str, expires: str) -> str:
+        """The signature of a link to an image that expires at this second since 1970."""
+        return _link_signature(self._link_keys[0], image_id, expires)
+
+    def link_valid(self, image_id: str, expires: str, signature: str) -> bool:
+        """Whether any key signed the link. Takes the same time for each key and for none."""
+        given, valid = _bytes(signature), False
+        for key in self._link_keys:
+            valid |= hmac.compare_digest(_bytes(_link_signature(key, image_id, expires)), given)
+        return valid
+
     def encrypt(self, text: str) -> bytes:
         """Encrypts a secret for the store. The service reads no Fernet timestamp, so it is 0."""
         return self._box.encrypt_at_time(_bytes(text), 0)
@@ -126,9 +139,32 @@ class Keyring:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class LinkSigner:
+    """Gives links `expires` (seconds since 1970) and `signature`. `clock`: milliseconds."""
+
+    keyring: Keyring
+    ttl_s: int
+    clock: Callable[[], int]
+
+    def sign(self, image_id: str) -> str:
+        expires = str(self.clock() // 1000 + self.ttl_s)
+        return f"?expires={expires}&signature={self.keyring.sign_link(image_id, expires)}"
+
+    def left_s(self, image_id: str, expires: str, signature: str) -> int | None:
+        """How long the link still lives. None: no key of ours signed it."""
+        if not self.keyring.link_valid(image_id, expires, signature):
+            return None
+        return int(expires) - self.clock() // 1000
+
+
 def _derive(key: bytes, purpose: str) -> bytes:
     info = f"darkroom {purpose}".encode("ascii")
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(key)
+
+
+def _link_signature(key: bytes, image_id: str, expires: str) -> str:
+    return hmac.digest(key, _bytes(f"{image_id}\n{expires}"), "sha256")[:TOKEN_BYTES].hex()
 
 
 def _token(key: bytes, upstream: str, task_id: str) -> bytes:

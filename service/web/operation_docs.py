@@ -43,7 +43,7 @@ FURTHER: Mapping[str, str] = {
     "GET /v1/deliveries/{delivery_id}/request": "409",
     "POST /v1/deliveries/{delivery_id}/retry": "409",
     "POST /v1/keys/rotate-secret": "404 409",
-    "GET /images/{image_id}": "410 416",
+    "GET /images/{image_id}": "403 410 416",
 }
 # Of operations that have no JSON of their own, or further forms of the answer beside it.
 ANY: JSON = {"schema": {}}

@@ -1,6 +1,8 @@
 """Stored images over HTTP: whole, ranges, conditional requests, and missing files."""
 
 import hashlib
+import re
+import time
 from contextlib import AsyncExitStack
 from ipaddress import ip_network
 from pathlib import Path
@@ -270,3 +272,40 @@ async def test_images_are_served_after_the_upstream_is_gone(tmp_path: Path) -> N
             for image in task["images"]:
                 content = (await here.stranger.get(image["url"])).content
                 assert hashlib.sha256(content).hexdigest() == image["sha256"]
+
+
+async def test_links_are_signed_and_expire_if_they_have_a_life(tmp_path: Path) -> None:
+    """`IMAGE_LINK_TTL_S`: a link works for so long, under any extension, and for its image alone.
+    Each answer and each event has a new one. Caches keep the image no longer than its link lives.
+    """
+    async with world(tmp_path, image_link_ttl_s=60) as here:
+        one, other = [(await submitted(here.client, UNTIL_DONE))["images"][0] for _ in range(2)]
+        link = httpx.URL(one["url"])
+        answer = await here.stranger.get(link)
+        assert hashlib.sha256(answer.content).hexdigest() == one["sha256"]
+        seconds = re.fullmatch(r"public, max-age=(\d+), immutable", answer.headers["cache-control"])
+        assert seconds is not None
+        assert 0 < int(seconds[1]) <= 60
+        (event,) = (await here.client.get("/v1/events?type=image.task.completed&limit=1")).json()[
+            "data"
+        ]
+        assert (await here.stranger.get(event["data"]["results"][0])).status_code == 200
+        bare = link.copy_with(path=f"/images/{one['id']}")
+        assert (await here.stranger.get(bare)).status_code == 200
+
+        expired = str(int(time.time()) - 5)
+        signature = here.context.resources.keyring.sign_link(one["id"], expired)
+        late = link.copy_with(params={"expires": expired, "signature": signature})
+        wrong: dict[str, list[httpx.URL | str]] = {
+            "link_expired": [late],
+            "link_not_signed": [
+                f"/images/{one['id']}",
+                link.copy_set_param("expires", str(int(time.time()) + 6000)),
+                link.copy_with(path=f"/images/{other['id']}.png"),
+                link.copy_set_param("signature", "\u00e9"),
+            ],
+        }
+        for code, links in wrong.items():
+            for each in links:
+                param = "expires" if code == "link_expired" else None
+                refused(await here.stranger.get(each), 403, code, param=param)

@@ -135,6 +135,7 @@ def test_an_empty_environment_gives_the_documented_defaults(
         ("BLOB_URL", "s3://my.bucket-1/a/b_2", "s3://my.bucket-1/a/b_2"),
         ("IMAGE_BASE_URL", "https://cdn.example/images/", "https://cdn.example/images"),
         ("IMAGE_LINK_TTL_S", "0", 0),
+        ("IMAGE_LINK_TTL_S", "3600", 3600),
         ("URL", "http://darkroom.internal/", "http://darkroom.internal"),
         ("URL", "https://darkroom.example/sub/v1/", "https://darkroom.example/sub"),
         ("EVOLINK_RESULT_HOSTS", "*.evolink.ai", (".evolink.ai",)),
@@ -365,7 +366,7 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("BLOB_URL", "file://images", "absolute"),
         ("IMAGE_BASE_URL", "cdn.example", "http or https"),
         ("IMAGE_BASE_URL", "https://cdn.example/?v=1", "query"),
-        ("IMAGE_LINK_TTL_S", "60", "not supported"),
+        ("IMAGE_LINK_TTL_S", "-1", "greater than or equal to 0"),
         ("SECRET_KEY", "short", "32 bytes"),
         ("SECRET_KEY", f"{KEY},", "32 bytes"),
         ("ADMIN_KEY", "fifteen-chars..", "16 characters"),
@@ -601,3 +602,10 @@ def test_postgresql_needs_a_given_key(tmp_path: Path) -> None:
     """Several processes must share one key, so none is generated."""
     with pytest.raises(ConfigurationError, match="DARKROOM_SECRET_KEY is required with PostgreSQL"):
         secret_keys(settings(DATA_DIR=str(tmp_path), DATABASE_URL="postgresql://db/darkroom"))
+
+
+def test_links_of_another_host_cannot_expire() -> None:
+    """A CDN serves images without this service, so it cannot check signatures."""
+    said = error_for(IMAGE_BASE_URL="https://cdn.example/i", IMAGE_LINK_TTL_S="60")
+    assert said.startswith("DARKROOM_IMAGE_LINK_TTL_S: ")
+    assert "DARKROOM_IMAGE_BASE_URL" in said

@@ -175,7 +175,7 @@ def before(content: bytes, rest: Receive) -> Receive:
 def image_src(image: Mapping[str, Any], image_base_url: str | None) -> str:
     """Where the browser finds a stored image: on this host, under any base URL."""
     url: str = image["url"]
-    return url if image_base_url else urlsplit(url).path
+    return url if image_base_url else urlsplit(url)._replace(scheme="", netloc="").geturl()
 
 
 Page = Callable[[Visit], Awaitable[Response]]

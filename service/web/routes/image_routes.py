@@ -2,11 +2,13 @@
 
 import re
 
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service.errors import ApiError, BlobMissing
 from service.images.downloads import shown_image
+from service.signing import LinkSigner
 from service.web.context import resources_of
 from service.web.error_responses import error_response
 from service.web.published import has_tag
@@ -37,10 +39,23 @@ def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
     return min(size, int(match[1])), min(size, int(match[2]) + 1) if match[2] else size
 
 
+def link_left_s(query: QueryParams, signer: LinkSigner, image_id: str) -> int:
+    """How long a link still lives. Raises ApiError 403."""
+    left_s = signer.left_s(image_id, query.get("expires", ""), query.get("signature", ""))
+    if left_s is None:
+        raise ApiError(403, "link_not_signed", "the link lacks a signature of this service")
+    if left_s <= 0:
+        message = f"the link expired {-left_s} s ago; read the task again for a new one"
+        raise ApiError(403, "link_expired", message, param="expires")
+    return left_s
+
+
 async def image(request: Request) -> Response:
     """Show a stored image."""
-    resources = resources_of(request)
+    resources, lives = resources_of(request), HEADERS["Cache-Control"]
     id, dot, extension = request.path_params["image_id"].partition(".")
+    if signer := resources.link_signer:
+        lives = f"public, max-age={link_left_s(request.query_params, signer, id)}, immutable"
     known = EXTENSION.fullmatch(dot + extension) if dot else True
     row = await resources.store.read(shown_image, id) if known else None
     if row is None:
@@ -48,7 +63,7 @@ async def image(request: Request) -> Response:
     if row.state == "erased" or row.blob is None or row.bytes is None:
         raise ApiError(410, "gone", "the image was erased, or its days are over")
     size, media_type, etag = row.bytes, row.media_type, f'"{row.sha256}"'
-    headers = {**HEADERS, "ETag": etag}
+    headers = {**HEADERS, "Cache-Control": lives, "ETag": etag}
     if has_tag(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
     if await resources.blobs.size(row.blob) != size:

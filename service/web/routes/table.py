@@ -179,7 +179,7 @@ SPECS = (
     row("GET /api/v1/files/list?page&pageSize", theirs.listed, "submit read", ListedFiles),
     row("GET /api/v1/files/quota", theirs.quota, "submit read", QuotaAnswer),
     row("DELETE /api/v1/files/{file_id}", theirs.delete, "submit", ErasedAnswer, status=200),
-    row("GET /images/{image_id}", images.image, ""),
+    row("GET /images/{image_id}?expires&signature", images.image, ""),
     row("GET /healthz", health.healthz, "", Health),
     row("GET /readyz", health.readyz, "", Readiness),
     row("GET /metrics", health.metrics, "admin"),

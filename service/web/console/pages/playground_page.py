@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from service.errors import ApiError, invalid_request
 from service.images.input_sources import FILE_ID, IMAGE_ID
+from service.links import Links
 from service.strict_json import JSON
 from service.web.console.submission_form import CUSTOM, Draft, body_of, field_of, others, presets
 from service.web.console.visits import View, Visit
@@ -119,7 +120,7 @@ async def form_page(
         size=size,
         free=free,
         CUSTOM=CUSTOM,
-        references=[reference(each) for each in draft.images],
+        references=[reference(each, visit.context.resources.links) for each in draft.images],
         error=error,
         error_at=field_of(error, document) if error else "",
         cost=cost,
@@ -148,12 +149,12 @@ async def known_task(visit: Visit, task_id: str | None) -> JSON | None:
     return await visit.call("GET /v1/tasks/{task_id}", task_id=task_id) if task_id else None
 
 
-def reference(value: str) -> JSON:
+def reference(value: str, links: Links) -> JSON:
     """A reference as the page shows it. A link is not loaded: it is another host's."""
     if re.fullmatch(FILE_ID, value):
         return {"value": value, "src": f"/console/files/{value}/content"}
     if re.fullmatch(IMAGE_ID, value):
-        return {"value": value, "src": f"/images/{value}"}
+        return {"value": value, "src": links.image_path(value)}
     return {"value": value, "src": None}
 
 
