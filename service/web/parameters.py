@@ -44,6 +44,7 @@ def time(about: str, *formats: str) -> JSON:
     }
 
 
+ANY_TEXT: JSON = {"type": "string"}
 OWNERS = text("an owner; another one than the key's own needs the scope `admin`", pattern=OWNER)
 TYPES: JSON = {
     "schema": {
@@ -84,8 +85,8 @@ QUERY: Mapping[str, JSON] = {
     "target": text("the id of what was acted on"),
     "wait": number(0, MAX_WAIT_S, 0, "seconds to wait for an event", "number"),
     "flatten": one_of("replaces an alpha channel by this colour", "white"),
-    "expires": number(0, 10**12, None, "of a signed link: seconds since 1970"),
-    "signature": text("of a signed link"),
+    "expires": {"schema": ANY_TEXT, "description": "of a signed link: seconds since 1970"},
+    "signature": {"schema": ANY_TEXT, "description": "of a signed link"},
     "page": number(1, MAX_PAGE, 1, "the number of the page"),
     "pageSize": number(1, MAX_PAGE_SIZE, PAGE_SIZE, "the most files of the page"),
 }

@@ -75,14 +75,14 @@ async def one_due(subject: Subject, stage: str) -> str:
 
 
 @pytest.mark.parametrize("stage", QUEUES)
-async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> None:
-    """At 29.999 s no worker can claim the row. At 30 s a worker claims it with the next fence and
+async def test_a_lease_lasts_fifteen_seconds(subject: Subject, stage: str) -> None:
+    """At 14.999 s no worker can claim the row. At 15 s a worker claims it with the next fence and
     attempt, and the crash is counted.
     """
     key = await one_due(subject, stage)
     (lease,) = await subject.claim(stage)
     assert (lease.stage, lease.key) == (stage, key)
-    subject.clock.shift(29_999)
+    subject.clock.shift(14_999)
     assert await subject.claim(stage) == []
     subject.clock.shift(1)
     # The first attempt has begun, so the next one is a retry.
@@ -95,8 +95,8 @@ async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> Non
 
 
 @pytest.mark.parametrize("stage", QUEUES)
-async def test_a_renewed_lease_lasts_thirty_seconds_more(subject: Subject, stage: str) -> None:
-    """The worker renews it every 10 s while a call runs. A renewal of an expired and claimed lease
+async def test_a_renewed_lease_lasts_fifteen_seconds_more(subject: Subject, stage: str) -> None:
+    """The worker renews it every 5 s while a call runs. A renewal of an expired and claimed lease
     fails.
     """
     await one_due(subject, stage)

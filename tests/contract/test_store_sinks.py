@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from service.db.tables import sinks
 from service.events.broker_worker import (
+    LEASE_MS,
     RELEASED,
     SinkLease,
     change_sinks,
@@ -14,7 +15,7 @@ from service.events.broker_worker import (
 )
 from service.events.feed import outbox_end
 from service.upkeep import retention_sql
-from tests.contract.subject import DAY, LEASE, SECOND, Opener, Subject
+from tests.contract.subject import DAY, SECOND, Opener, Subject
 
 NAME = "nats://127.0.0.1:4222/darkroom?stream=EVENTS"
 
@@ -72,9 +73,9 @@ async def test_one_process_at_a_time_has_a_sink(two: tuple[Subject, Subject]) ->
     one, other = two
     first = await held(one)
     assert await hold(other) is None
-    one.clock.shift(LEASE - 1)
+    one.clock.shift(LEASE_MS - 1)
     assert await hold(one) == first
-    one.clock.shift(LEASE - 1)
+    one.clock.shift(LEASE_MS - 1)
     assert await hold(other) is None
     one.clock.shift(1)
     second = await held(other)

@@ -178,7 +178,13 @@ async def test_images_wait_for_room(tmp_path: Path, upstream: Running) -> None:
             fill(disk)
             refused(await client.post("/v1/images/generations", json=order()), 503, "no_space")
             empty(disk)
-            task = await bound(client, await submitted(client, sandbox={"drop_callback": True}))
+
+            async def accepted() -> JSON | None:  # a look at the disk counts for 0.1 s
+                body = order(sandbox={"drop_callback": True})
+                answer = await client.post("/v1/images/generations", json=body)
+                return answer.json() if answer.status_code == 200 else None
+
+            task = await bound(client, await wait_until(accepted))
             fill(disk)
             assert (await call_back(client, task, status="completed")).status_code == 200
             await wait_until(lambda: running.logged("image.retry"), PATIENCE_S)
