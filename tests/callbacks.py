@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import socket
 import tarfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from hashlib import sha256
@@ -151,32 +152,38 @@ async def raw(
     url: str, *parts: bytes, method: str = "POST", headers: str = ""
 ) -> tuple[int, dict[str, str], bytes]:
     """Sends the parts of a body one after another and returns status, headers and body of the
-    answer. The server may answer before it has read all parts.
+    answer. The server may answer and close before it has read all parts: what it sent can be read
+    although the rest of the body cannot be sent any more.
     """
-    target = httpx.URL(url)
-    async with connected(url) as (reader, writer):
-        writer.write(
-            f"{method} {target.raw_path.decode()} HTTP/1.1\r\nhost: here\r\n{headers}\r\n".encode()
-        )
-        writing = asyncio.create_task(write(writer, iter(parts)))
+    target, loop, received = httpx.URL(url), asyncio.get_running_loop(), b""
+    path = target.raw_path.decode()
+    start = f"{method} {path} HTTP/1.1\r\nhost: here\r\n{headers}\r\n".encode()
+    with socket.create_connection((target.host, target.port)) as connection:
+        connection.setblocking(False)
+
+        async def send() -> None:
+            for part in (start, *parts):
+                await loop.sock_sendall(connection, part)
+
+        async def receive() -> None:
+            nonlocal received
+            more = await loop.sock_recv(connection, 65536)
+            assert more, f"the connection ended after {received!r}"
+            received += more
+
+        sending = asyncio.create_task(send())
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            status, *lines = head.strip().split("\r\n")
+            while b"\r\n\r\n" not in received:
+                await receive()
+            head, _, received = received.partition(b"\r\n\r\n")
+            status, *lines = head.decode().lower().split("\r\n")
             named = dict(line.split(": ", 1) for line in lines)
-            return (
-                int(status.split()[1]),
-                named,
-                await reader.readexactly(int(named["content-length"])),
-            )
+            while len(received) < (length := int(named["content-length"])):
+                await receive()
+            return int(status.split()[1]), named, received[:length]
         finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-
-
-async def write(writer: asyncio.StreamWriter, parts: Iterator[bytes]) -> None:
-    for part in parts:
-        writer.write(part)
-        await writer.drain()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
 
 def chunk(data: bytes) -> bytes:
