@@ -49,12 +49,20 @@ def number(tx: Transaction, name: str, rows: Sequence[JSON]) -> None:
 
 
 def numbered_page(
-    connection: Connection, /, table: Table, after: str | None, limit: int, **where: str | None
+    connection: Connection,
+    /,
+    table: Table,
+    after: str | None,
+    limit: int,
+    sees: str | None = None,
+    **where: str | None,
 ) -> list[Row] | None:
-    """Rows of a sequence in their order, after the one with this id. None: there is no such row."""
+    """Rows of a sequence in their order, after the one with this id. None: there is no such row
+    that the owner `sees` has.
+    """
     statement = matching(select(table), table, **where)
     if after is not None:
-        known = matching(select(table.c.sequence), table, id=after, owner=where.get("owner"))
+        known = matching(select(table.c.sequence), table, id=after, owner=sees)
         if (sequence := connection.scalar(known)) is None:
             return None
         statement = statement.where(table.c.sequence > sequence)

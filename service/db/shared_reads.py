@@ -37,12 +37,14 @@ class SharedReads(Generic[Row]):
 
     async def _read(self) -> None:
         HOLDER.set("")  # the rows are those of many owners
-        while self._waiting:
-            asked, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
-            rows: Mapping[str, Row] = {}
-            with suppress(Exception):
-                rows = await self._store.read(self._query, [key for key, _ in asked])
-            for key, row in asked:
-                if not row.done():
-                    row.set_result(rows.get(key))
-        self._reading = None
+        try:
+            while self._waiting:
+                asked, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+                rows: Mapping[str, Row] = {}
+                with suppress(Exception):
+                    rows = await self._store.read(self._query, [key for key, _ in asked])
+                for key, row in asked:
+                    if not row.done():
+                        row.set_result(rows.get(key))
+        finally:
+            self._reading = None

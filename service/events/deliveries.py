@@ -156,7 +156,9 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
 
 
 def _is_plain(row: Row, item: DeliveryOutcome, calm: Collection[str]) -> bool:
-    """Whether the outcome changes the delivery's own row alone: a success of a first delivery."""
+    """Whether the outcome changes the delivery's own row alone: a success of one that is no
+    replay, is not ordered, was not moved forward and never failed.
+    """
     more = any(row[name] is not None for name in ("cause", "order_key", "replay_id", "planned_at"))
     plain = row["state"] == "pending" and row["endpoint_id"] in calm and not more
     return plain and item.result == "delivered"

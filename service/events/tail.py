@@ -22,6 +22,8 @@ from service.queue.stage import log_failure
 
 PAGE = 100  # events
 KEPT, KEPT_SIZE = 2000, 16 << 20  # buffered at the end of the outbox: events, bytes
+# Older events are read again: links in the buffer expire, and tasks in it may have been erased.
+KEPT_MS = 5000
 SENT_SIZE = 64 << 10  # bytes per step of a stream, unless one event alone has more
 
 
@@ -88,8 +90,12 @@ class Tail:
         page = await self._store.read(event_list, self._links, None, self._end, PAGE)
         self._entries += page.entries
         self._size += sum(entry.size for entry in page.entries)
-        dropped = 0
-        while len(self._entries) - dropped > KEPT or self._size > KEPT_SIZE:
+        dropped, oldest = 0, self._store.clock() - KEPT_MS
+        while dropped < len(self._entries) and (
+            len(self._entries) - dropped > KEPT
+            or self._size > KEPT_SIZE
+            or self._entries[dropped].time < oldest
+        ):
             self._begin = self._entries[dropped].sequence
             self._size -= self._entries[dropped].size
             dropped += 1

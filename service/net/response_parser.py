@@ -24,7 +24,7 @@ NOTHING: Parsed = ((), False, b"")
 BEGIN, EMPTY_LINE = b"HTTP/1.", re.compile(rb"\n\r?\n")
 MAX_LINE = 1 << 16  # bytes of a chunk's size with its extensions
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r?")
-# Only httpx reads the fields, and it reads the raw ones. So aiohttp parses no cookies.
+# The guard reads the raw fields alone. So aiohttp parses no cookies.
 NO_FIELDS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 
 

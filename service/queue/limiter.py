@@ -216,7 +216,7 @@ class EndpointLimiter:
         attempt ended in time.
         """
         if seconds > PATIENCE_S:
-            return False  # the estimate is half of what an endpoint takes at its full limit
+            return False  # an endpoint at its full limit may take twice the estimate
         line, _ = self._loads[endpoint].line(first=first)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line.waiting.append(place)

@@ -53,7 +53,7 @@ _BY_ID = select_tasks(tasks.c.id.in_(bindparam("ids", expanding=True)))
 
 
 def tasks_by_id(connection: Connection, ids: Sequence[str]) -> dict[str, TaskRow]:
-    return {row.id: row for row in task_rows(connection, _BY_ID, {"ids": ids})}
+    return {row.id: row for row in task_rows(connection, _BY_ID, {"ids": list(ids)})}
 
 
 @cache

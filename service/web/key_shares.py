@@ -108,7 +108,9 @@ class HeldBody:
 
     @property
     def places(self) -> tuple[tuple[str, int, int | None, int], ...]:
-        """Whose share it is, its bodies and bytes (None: the free ones), a refusal's status."""
+        """For each share: whose it is, its most bodies and bytes, and the status of a refusal. No
+        bytes: those that are free.
+        """
         return (
             (self.key, BODIES_OF_KEY, None, 429),
             (f"from {self.address}", BODIES_OF_ADDRESS, BYTES_OF_ADDRESS, 429),

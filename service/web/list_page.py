@@ -85,9 +85,12 @@ async def numbered_list(
     limit = query_limit(request)
     after = query_text(request, "after", pattern=ids, such_as="the id of an entry")
     store = resources_of(request).store
-    rows = await store.read(numbered_page, table, after, limit + 1, **where)
+    sees = caller_of(request).sees
+    rows = await store.read(numbered_page, table, after, limit + 1, sees, **where)
     if rows is None:
-        raise ApiError(404, "entry_not_found", "after: no entry has that id", param="after")
+        raise ApiError(
+            404, "entry_not_found", "after: no entry that you see has that id", param="after"
+        )
     cursor = rows[limit - 1]["id"] if len(rows) > limit else None
     return JSONResponse({"data": [shown(row) for row in rows[:limit]], "next_cursor": cursor})
 

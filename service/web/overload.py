@@ -43,8 +43,8 @@ class LogSampler:
 # --- callbacks before clients and workers ---
 
 # Requests that begin in one turn of the event loop: as many callbacks as fit into one commit. A
-# client's request takes up to a millisecond, and a callback needs several turns. So few of clients
-# begin in one turn, and one while a callback is in hand.
+# client's request takes up to a millisecond, and a callback needs several turns. So fewer
+# of clients begin in one turn, and one while a callback is in hand.
 BEGIN_PER_TURN = 100
 CLIENTS_PER_TURN = 16
 MAX_COMMITTING = 200  # callbacks, beyond which further ones wait in the queue

@@ -4,6 +4,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +14,7 @@ import pytest
 from service.web.auth import CACHE_S
 from service.web.console.sign_in import ATTEMPTS
 from service.web.sessions import COOKIE, SESSION_S
-from tests.api import got
+from tests.api import UNTIL_DONE, got, submitted
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, world
 
@@ -369,3 +370,16 @@ async def test_every_model_of_the_catalogue_has_its_form(here: World) -> None:
             page = await browser.get(PLAYGROUND, params={"model": model})
             assert (model, page.status_code, page.text.count('id="order"')) == (model, 200, 1)
             assert len(page.content) < 100_000
+
+
+async def test_a_link_is_signed_for_the_owner_of_its_image_alone(tmp_path: Path) -> None:
+    """The playground's form may name any image."""
+    async with world(tmp_path, image_link_ttl_s=60) as here, here.owner() as one:
+        (image,) = (await submitted(one, UNTIL_DONE))["images"]
+        async with here.owner() as other:
+            for client, signed in ((one, True), (other, False)):
+                key = client.headers["authorization"].removeprefix("Bearer ")
+                async with signed_in(here, key) as browser:
+                    page = await browser.get(PLAYGROUND, params={"reference": image["id"]})
+                    assert image["id"] in page.text
+                    assert (f"/images/{image['id']}?expires=" in page.text) == signed

@@ -210,6 +210,25 @@ async def test_a_reader_who_is_far_behind_catches_up(
             assert seen(await next_of(stream, 2)) == rest == seen(await next_of(leading, 2))
 
 
+async def test_what_is_kept_is_soon_read_again(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader gets nothing of a task that was erased meanwhile, and no link that has expired."""
+    monkeypatch.setattr(tail, "KEPT_MS", 0)
+    async with here.owner() as client, following(client) as stream:
+        task = await submitted(client, UNTIL_DONE, metadata={"shop": "one"})
+        *_, last = await next_of(stream, 2)
+        assert last.document["data"]["metadata"] == {"shop": "one"}
+        assert (await client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
+
+        async def erased() -> bool:
+            async with following(client, after=0) as again:
+                found = await next_of(again, 2)
+            return not any(each.document["data"]["metadata"] for each in found)
+
+        await wait_until(erased)
+
+
 async def test_what_is_kept_is_limited_by_size_too(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def event_types(request: Request) -> list[str]:
 
 
 def types_of(pattern: str) -> list[str]:
-    """The types that the pattern means, or itself if common ones, which have an index, are so."""
+    """The types that the pattern means. A pattern of common types stays, as those have an index."""
     found = [type for type in EVENT_TYPES if type_matches(pattern, type)]
     return [pattern] if set(found) & set(COMMON) else found
 

@@ -43,7 +43,7 @@ def link_left_s(query: QueryParams, signer: LinkSigner, image_id: str) -> int:
     """How long a link still lives. Raises ApiError 403."""
     left_s = signer.left_s(image_id, query.get("expires", ""), query.get("signature", ""))
     if left_s is None:
-        raise ApiError(403, "link_not_signed", "the link lacks a signature of this service")
+        raise ApiError(403, "link_not_signed", "no key of this service signed the link")
     if left_s <= 0:
         message = f"the link expired {-left_s} s ago; read the task again for a new one"
         raise ApiError(403, "link_expired", message, param="expires")

@@ -84,7 +84,7 @@ def check_query(request: Request, spec: Spec) -> None:
 
 
 def guarded(spec: Spec) -> Handler:
-    """The endpoint behind all that. An impossible id is 404 without a look-up."""
+    """The endpoint behind its checks and limits. An impossible id is 404 without a look-up."""
 
     async def endpoint(request: Request) -> Response:
         shedder = context_of(request).shedder

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.responses import Response
 
 from service.errors import ApiError, invalid_request
+from service.images.downloads import shown_image
 from service.images.input_sources import FILE_ID, IMAGE_ID
-from service.links import Links
 from service.strict_json import JSON
 from service.web.console.submission_form import CUSTOM, Draft, body_of, field_of, others, presets
 from service.web.console.visits import View, Visit
@@ -120,7 +120,7 @@ async def form_page(
         size=size,
         free=free,
         CUSTOM=CUSTOM,
-        references=[reference(each, visit.context.resources.links) for each in draft.images],
+        references=[await reference(visit, each) for each in draft.images],
         error=error,
         error_at=field_of(error, document) if error else "",
         cost=cost,
@@ -149,13 +149,15 @@ async def known_task(visit: Visit, task_id: str | None) -> JSON | None:
     return await visit.call("GET /v1/tasks/{task_id}", task_id=task_id) if task_id else None
 
 
-def reference(value: str, links: Links) -> JSON:
+async def reference(visit: Visit, value: str) -> JSON:
     """A reference as the page shows it. A link is not loaded: it is another host's."""
     if re.fullmatch(FILE_ID, value):
         return {"value": value, "src": f"/console/files/{value}/content"}
+    resources, row = visit.context.resources, None
     if re.fullmatch(IMAGE_ID, value):
-        return {"value": value, "src": links.image_path(value)}
-    return {"value": value, "src": None}
+        row = await resources.store.read(shown_image, value)
+    mine = row is not None and row.owner == visit.caller.owner
+    return {"value": value, "src": resources.links.image_path(value) if mine else None}
 
 
 def new_key() -> str:
