@@ -134,7 +134,7 @@ def test_the_end_of_an_attempt_tells_whether_others_wait(endpoint: Subscriber) -
 async def test_a_delivery_waits_a_moment_for_a_slot(
     endpoint: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots go to the deliveries that wait for them, in order. One that was cancelled takes none,
+    """The limiter gives slots to waiting deliveries in order. A cancelled one takes none,
     and none go over the limit.
     """
     monkeypatch.setattr(limiter, "PATIENCE_S", 60)
