@@ -35,8 +35,7 @@ def arriving() -> dict[str, str]:
         f" {server.BACKLOG:,} (or `net.core.somaxconn`) that are not accepted yet. Idle ones end"
         f" after {server.KEEP_ALIVE_S} s.",
         "requests that wait to begin": "one for each connection, with at most 256 KiB read",
-        "head of a request": f"{size(server_protocol.MAX_HEAD)}, {server_protocol.MAX_HEADERS}"
-        f" headers and {server_protocol.HEAD_S:g} s",
+        "head of a request": f"{size(server_protocol.MAX_HEAD)} and {server_protocol.HEAD_S:g} s",
         "requests of a connection behind one that is not answered": "those in"
         f" {size(server_protocol.SLICE)}, and up to 512 KiB that are read and not parsed",
         "body of a callback": f"{size(inbox_worker.MAX_BODY)} and {callback_route.BODY_S:g} s",
@@ -68,8 +67,6 @@ def waiting() -> dict[str, str]:
         f" in pieces of {size(PIECE)} that are freed one by one. Those above {size(PIECE)} that"
         f" are on their way: {half(overload.LONG_PAGES)}",
         "an image on its way": size(CHUNK),
-        "what readers of all answers leave": f"{size(key_shares.MAX_UNSENT)}, beside what the"
-        " kernel holds (`net.ipv4.tcp_mem`)",
         "writes that wait for a commit": "running callbacks + running clients' requests + places of"
         " the workers",
         "reads that wait for a connection": "the same + requests whose key is looked up",

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from service.web import server_protocol
 from service.web.overload import PriorityGate
 from service.web.server import Server, bind, listening
-from service.web.server_protocol import MAX_HEADERS, SLICE
+from service.web.server_protocol import SLICE
 from tests.callbacks import connected
 from tests.waiting import wait_until
 
@@ -124,21 +124,6 @@ async def test_a_client_that_leaves_takes_its_requests_along() -> None:
         release.set()
         await wait_until(lambda: not served.server_state.connections)
         await wait_until(lambda: not served.server_state.tasks)
-
-
-@pytest.mark.parametrize("name", [b"a", b"x-forwarded-for", b"cookie"])
-async def test_a_request_has_a_limited_number_of_headers(name: bytes) -> None:
-    """Each look for a header would walk through all of them."""
-    async with serving() as (url, _):
-        for count, expected in ((MAX_HEADERS, b"200"), (MAX_HEADERS + 1, b"400")):
-            async with connected(url) as (reader, writer):
-                lines = b"".join(b"%s: 1\r\n" % name for _ in range(count - 1))
-                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n" + lines + b"\r\n")
-                answer = await reader.readuntil(b"\r\n\r\n")
-                assert answer.split()[1] == expected
-                if expected == b"400":
-                    error = json.loads(await reader.read())["error"]
-                    assert error["message"] == "The request has more than 100 headers."
 
 
 async def test_a_request_that_cannot_be_parsed_gets_an_error_with_its_id() -> None:

@@ -4,28 +4,23 @@ streams, requests and connections (docs/overload.md).
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 
 from service.errors import ApiError
 from service.events import feed
 from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
-from service.web import key_shares, overload, server, server_protocol
+from service.web import key_shares, overload
 from service.web.key_shares import BodyShares, Shares, address_of
 from service.web.overload import LoadShedder, PriorityGate
 from service.web.routes import task_routes
-from service.web.server import Server, bind, listening
 from tests.api import ASYNC, SUBMIT, got, order, refused, submitted
-from tests.callbacks import connected
 from tests.waiting import wait_until
 from tests.world import World, world
 
@@ -395,62 +390,3 @@ async def test_a_submission_beyond_a_keys_waits_is_answered_at_once(
             assert "preference-applied" not in answer.headers
         answer = await client.post(SUBMIT, json=order(), headers=ASYNC)
         assert answer.headers["preference-applied"] == "respond-async"
-
-
-# --- connections
-# --------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def serving(release: Callable[[], Awaitable[object]]) -> AsyncIterator[tuple[str, Server]]:
-    """A server with a quick route `/` and a route `/slow` that waits."""
-
-    async def slow(_: object) -> PlainTextResponse:
-        await release()
-        return PlainTextResponse("slow")
-
-    app = Starlette(routes=[Route("/", lambda _: PlainTextResponse("ok")), Route("/slow", slow)])
-    bound = bind("127.0.0.1", 0)
-    made = Server(app, bound, 60)
-    async with asyncio.timeout(90), listening(made, asyncio.Event()):
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}", made
-
-
-GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "begin",
-    [b"", b"GET / HT", b"GET / HTTP/1.1\r\nx: y\r\n", GET, b"\r\n"],
-    ids=["silent", "line", "header", "idle", "blank"],
-)
-async def test_slow_connections_end_for_new_ones(
-    begin: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the limit, the slowest connections of the address that has the most end. One with a
-    request in hand goes on, and so do those of another address.
-    """
-    monkeypatch.setattr(server, "max_connections", lambda: 20)
-    monkeypatch.setattr(server, "RETRY_S", 0.02)
-    monkeypatch.setattr(server, "ENDED_AT_ONCE", 2)
-    monkeypatch.setattr(server, "END_AGAIN_S", 0.02)
-    monkeypatch.setattr(server_protocol, "SLOW_S", 0.1)
-    release = asyncio.Event()
-    async with serving(release.wait) as (url, served), AsyncExitStack() as stack:
-        enter = stack.enter_async_context
-        slow = GET.replace(b"/ ", b"/slow ")
-        ((busy, _),) = await enter(many(url, 1, slow))
-        ((far, writer),) = await enter(many(url, 1, GET, source="127.0.0.2"))
-        await wait_until(lambda: len(served.server_state.connections) == 2)
-        await enter(many(url, 18, begin))
-        await wait_until(lambda: len(served.server_state.connections) == 20)
-        for _ in range(3):
-            async with connected(url) as (reader, asking):
-                asking.write(GET)
-                assert await status(reader) == 200
-        assert await status(far) == 200
-        writer.write(GET)
-        await far.readuntil(b"ok")
-        assert await status(far) == 200
-        release.set()
-        assert await status(busy) == 200
