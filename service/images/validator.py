@@ -10,8 +10,10 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,28 +24,118 @@ from service.fair_places import FairPlaces
 from service.images.validated_image import InvalidImage, MeasuredImage, Validation, ValidImage
 
 WALL_S = 120.0
+AT_ONCE = 3  # requests that a child has: it decodes the first, and finds the next in its input
 # The child's program. The last argument is where it imports from, because its environment is empty.
 CHILD = """import sys
 sys.path[:] = sys.argv.pop().split(":")
 from service.images.validator_child import main
 main(int(sys.argv[1]), int(sys.argv[2]))"""
 ROOT = Path(__file__).parents[2]  # where `service` is imported from
+JSON = dict[str, Any]
+
+
+class Child:
+    """A child process, and the calls that wait for its answers, in the order of their requests.
+    BlobUnavailable: it cannot be started.
+    """
+
+    def __init__(self, max_bytes: int, max_pixels: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket, its = socket.socketpair()
+        with its:
+            try:
+                self.process = start(its.fileno(), max_bytes, max_pixels)
+            except OSError as error:  # no descriptors, processes or memory left
+                self._socket.close()
+                reason = f"no process to validate it: {error.strerror}"
+                raise BlobUnavailable(reason) from error
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._read)
+        self._received = b""
+        self._calls: deque[asyncio.Future[JSON | None]] = deque()
+        self._clock: asyncio.TimerHandle | None = None  # for the first call
+
+    def __len__(self) -> int:
+        """The requests that it has not answered."""
+        return len(self._calls)
+
+    async def ask(self, request: JSON) -> JSON | None:
+        """The answer, which says so if the child ends with this file in hand. None: it ended before
+        it came to this file.
+        """
+        call: asyncio.Future[JSON | None] = self._loop.create_future()
+        self._calls.append(call)
+        if len(self) == 1:
+            self._time()
+        with suppress(OSError):  # it has ended, and `_read` finds out
+            self._socket.send(json.dumps(request).encode() + b"\n")
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self._calls and self._calls[0] is call:
+                self.end()
+            raise
+
+    def alive(self) -> bool:
+        """The kernel may have killed it while it was idle."""
+        if self.process.poll() is not None:
+            self.end()
+        return self.process.returncode is None
+
+    def end(self, reason: str = "its decoder broke down") -> None:
+        """Kills the process. `reason`: what is wrong with the file in hand."""
+        if self._socket.fileno() < 0:
+            return
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        self.process.kill()
+        final = self.process.wait() == -signal.SIGXCPU
+        if final:
+            reason = "it takes too much processor time to decode"
+        self._answer({"sha256": "", "bytes": 0, "invalid": {"reason": reason, "final": final}})
+        while self._calls:
+            self._answer(None)
+
+    def _read(self) -> None:
+        try:
+            received = self._socket.recv(1 << 16)
+            *lines, self._received = (self._received + received).split(b"\n")
+            for line in lines:
+                self._answer(json.loads(line))
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            received = b""
+        if not received:
+            self.end()
+
+    def _answer(self, answer: JSON | None) -> None:
+        if self._calls and not (call := self._calls.popleft()).done():
+            call.set_result(answer)
+        self._time()
+
+    def _time(self) -> None:
+        """Gives the first call its time."""
+        if self._clock is not None:
+            self._clock.cancel()
+        reason = f"it was not decoded within {WALL_S:g} s"
+        self._clock = self._loop.call_later(WALL_S, self.end, reason) if self._calls else None
 
 
 class ImageValidator:
-    """Validates `concurrency` files at once. A child is started when it is first needed, and the
-    first one by `warm`.
+    """Validates files in `concurrency` children. A child is started when it is first needed, and
+    the first one by `warm`.
     """
 
     def __init__(self, concurrency: int, max_bytes: int, max_pixels: int) -> None:
-        self._places = FairPlaces(concurrency, rest=0)
-        self._limits = max_bytes, max_pixels
-        self.idle: list[subprocess.Popen[bytes]] = []
+        self._places = FairPlaces(concurrency * AT_ONCE, rest=0)
+        self._concurrency, self._limits = concurrency, (max_bytes, max_pixels)
+        self.children: list[Child] = []
 
     def warm(self) -> None:
         """Starts a child, so that the first image does not wait for its imports."""
         with suppress(BlobUnavailable):
-            self.idle.append(start(*self._limits))
+            self.children.append(Child(*self._limits))
 
     async def validate(
         self, path: Path, *, compressed: bool = False, flatten: bool | None = None
@@ -51,33 +143,26 @@ class ImageValidator:
         """`compressed`: a file in gzip or deflate is unpacked first. `flatten`: the file is an
         input image, and whether its alpha channel is removed. BlobUnavailable.
         """
+        request = {"path": str(path), "compressed": compressed, "flatten": flatten}
+        answer: JSON | None = None
         async with self._places.place():
-            child = self.idle.pop() if self.idle else start(*self._limits)
-            if child.poll() is not None:  # killed while it was idle
-                end(child)
-                child = start(*self._limits)
-            request = {"path": str(path), "compressed": compressed, "flatten": flatten}
-            try:
-                async with asyncio.timeout(WALL_S):
-                    answer = await asyncio.to_thread(ask, child, request)
-            except TimeoutError:
-                end(child)
-                return Validation("", 0, InvalidImage(f"it was not decoded within {WALL_S:g} s"))
-            except (OSError, ValueError):  # the child died
-                if end(child) == -signal.SIGXCPU:
-                    reason = "it takes too much processor time to decode"
-                    return Validation("", 0, InvalidImage(reason, final=True))
-                return Validation("", 0, InvalidImage("its decoder broke down"))
-            except BaseException:
-                end(child)
-                raise
-            self.idle.append(child)
+            while answer is None:
+                answer = await self._child().ask(request)
         if "unavailable" in answer:
             raise BlobUnavailable(answer["unavailable"])
         valid = "valid" in answer
         result = ValidImage(**answer["valid"]) if valid else InvalidImage(**answer["invalid"])
         measured = answer.get("measured") and MeasuredImage(**answer["measured"])
         return Validation(answer["sha256"], answer["bytes"], result, measured)
+
+    def _child(self) -> Child:
+        """The child with the fewest requests, or a new one if all have some."""
+        self.children = [child for child in self.children if child.alive()]
+        child = min(self.children, key=len, default=None)
+        if child is None or (len(child) and len(self.children) < self._concurrency):
+            child = Child(*self._limits)
+            self.children.append(child)
+        return child
 
 
 @asynccontextmanager
@@ -88,44 +173,24 @@ async def open_validator(
     try:
         yield validator
     finally:
-        for child in validator.idle:
-            end(child)
+        for child in validator.children:
+            child.end()
 
 
-def start(max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
+def start(its: int, max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
     """Starts a child in its own session: a terminal's Ctrl-C is for the parent, which finishes its
-    work first. BlobUnavailable.
+    work first. OSError.
     """
     path = ":".join(filter(None, [str(ROOT), *sys.path]))
     command = [sys.executable, "-I", "-c", CHILD, str(max_bytes), str(max_pixels), path]
     libraries = os.environ.get("LD_LIBRARY_PATH")  # the interpreter may need it to start
     env = {"LD_LIBRARY_PATH": libraries} if libraries else {}
-    try:
-        return subprocess.Popen(  # noqa: S603 - the service's own program
-            command,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            close_fds=True,
-        )
-    except OSError as error:  # no descriptors, processes or memory left
-        raise BlobUnavailable(f"no process to validate it: {error.strerror}") from error
-
-
-def ask(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict[str, Any]:
-    """Blocks. OSError, ValueError: the child died."""
-    assert child.stdin
-    assert child.stdout
-    child.stdin.write(json.dumps(request).encode() + b"\n")
-    child.stdin.flush()
-    answer: dict[str, Any] = json.loads(child.stdout.readline())
-    return answer
-
-
-def end(child: "subprocess.Popen[bytes]") -> int:
-    """Kills a child, closes its pipes and returns its exit status."""
-    with suppress(OSError), child:
-        child.kill()
-    return child.wait()
+    return subprocess.Popen(  # noqa: S603 - the service's own program
+        command,
+        env=env,
+        stdin=its,
+        stdout=its,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        close_fds=True,
+    )

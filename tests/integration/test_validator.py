@@ -46,12 +46,19 @@ def file(tmp_path: Path) -> Path:
 async def waiting(pool: ImageValidator, file: Path) -> tuple[int, "asyncio.Task[Validation]"]:
     """The pid of a stopped child, and a call that waits for it."""
     await pool.validate(file, compressed=False)
-    pid = pool.idle[0].pid
-    os.kill(pid, signal.SIGSTOP)
+    [child] = pool.children
+    os.kill(child.process.pid, signal.SIGSTOP)
+    return child.process.pid, await asked(pool, file)
+
+
+async def asked(pool: ImageValidator, file: Path) -> "asyncio.Task[Validation]":
+    """A call whose request the child has."""
+    [child] = pool.children
+    before = len(child)
     call = asyncio.create_task(pool.validate(file, compressed=False))
-    await asyncio.sleep(0)  # the call takes the child
-    assert not pool.idle
-    return pid, call
+    await asyncio.sleep(0)
+    assert len(child) == before + 1
+    return call
 
 
 def gone(pid: int) -> bool:
@@ -60,12 +67,12 @@ def gone(pid: int) -> bool:
 
 async def test_one_child_pool_one_file_after_the_other(pool: ImageValidator, file: Path) -> None:
     """The pool starts its child at the first file and reuses it."""
-    assert pool.idle == []
+    assert pool.children == []
     first, second = [await pool.validate(file, compressed=False) for _ in range(2)]
     assert (first, first.result, first.bytes) == (second, SMALL, file.stat().st_size)
-    [child] = pool.idle
-    assert child.pid != os.getpid()
-    assert child.poll() is None
+    [child] = pool.children
+    assert child.process.pid != os.getpid()
+    assert child.alive()
 
 
 async def test_what_came_packed_is_unpacked_in_its_file(pool: ImageValidator, file: Path) -> None:
@@ -125,10 +132,10 @@ async def test_a_file_that_cannot_be_read_is_the_stores_fault(
 ) -> None:
     """The pool raises BlobUnavailable and keeps the child."""
     await pool.validate(file, compressed=False)
-    [child] = pool.idle
+    [child] = pool.children
     with pytest.raises(BlobUnavailable, match="No such file"):
         await pool.validate(file.with_name("missing"), compressed=False)
-    assert pool.idle == [child]
+    assert pool.children == [child]
 
 
 async def test_no_child_is_the_machines_fault(
@@ -147,8 +154,8 @@ async def test_no_child_is_the_machines_fault(
 async def test_a_child_that_died_idle_is_replaced(pool: ImageValidator, file: Path) -> None:
     """The kernel may kill an idle child for its memory. The next file does not lose an attempt."""
     await pool.validate(file, compressed=False)
-    pool.idle[0].kill()
-    pool.idle[0].wait()
+    pool.children[0].process.kill()
+    pool.children[0].process.wait()
     assert (await pool.validate(file, compressed=False)).result == SMALL
 
 
@@ -198,6 +205,51 @@ async def test_a_picture_that_takes_too_much_processor_time_is_final(
     assert gone(pid)
 
 
+async def test_a_file_behind_one_that_kills_its_child_goes_to_the_next(
+    pool: ImageValidator, file: Path
+) -> None:
+    """Only the file in hand loses an attempt."""
+    pid, first = await waiting(pool, file)
+    second = await asked(pool, file)
+    os.kill(pid, signal.SIGKILL)
+    assert (await first).result == InvalidImage("its decoder broke down")
+    assert (await second).result == SMALL
+
+
+async def test_a_call_that_is_cancelled_before_its_turn_changes_nothing(
+    pool: ImageValidator, file: Path
+) -> None:
+    """The child goes on with the file in hand, and the next call gets an answer of its own."""
+    pid, first = await waiting(pool, file)
+    second = await asked(pool, file)
+    other = file.with_name("other")
+    other.write_bytes(picture("PNG", (65, 48), 1))
+    third = await asked(pool, other)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    os.kill(pid, signal.SIGCONT)
+    assert (await first).result == SMALL
+    assert (await third).result == ValidImage("image/png", 65, 48)
+    assert [child.process.pid for child in pool.children] == [pid]
+
+
+async def test_each_file_has_its_own_time(
+    pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of a file that waits behind another begins when the other is done. A file that takes
+    too long costs only its own attempt.
+    """
+    await pool.validate(file, compressed=False)  # the start of a child takes longer
+    monkeypatch.setattr(validator, "WALL_S", 1.0)
+    pid, first = await waiting(pool, file)
+    second = await asked(pool, file)
+    assert (await first).result == InvalidImage("it was not decoded within 1 s")
+    assert gone(pid)
+    monkeypatch.setattr(validator, "WALL_S", 60.0)
+    assert (await second).result == SMALL
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_a_child_has_limits_and_no_secrets(
     pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +262,7 @@ async def test_a_child_has_limits_and_no_secrets(
     with file.open("rb") as secret:
         os.set_inheritable(secret.fileno(), True)
         await pool.validate(file, compressed=False)
-    process = Path(f"/proc/{pool.idle[0].pid}")
+    process = Path(f"/proc/{pool.children[0].process.pid}")
     assert (process / "environ").read_bytes() == b""
     assert {path.name for path in (process / "fd").iterdir()} == {"0", "1", "2"}
     assert "NoNewPrivs:\t1\n" in (process / "status").read_text(encoding="ascii")
@@ -244,13 +296,12 @@ async def test_a_call_that_is_cancelled_leaves_no_child(pool: ImageValidator, fi
     with pytest.raises(asyncio.CancelledError):
         await call
     assert gone(pid)
-    assert pool.idle == []
 
 
 async def test_children_leave_with_the_validator(file: Path) -> None:
     async with open_validator(2, 10_000, 10_000) as pool:
         await asyncio.gather(*(pool.validate(file, compressed=False) for _ in range(4)))
-        pids = [child.pid for child in pool.idle]
+        pids = [child.process.pid for child in pool.children]
         assert len(pids) == 2
     assert all(map(gone, pids))
 
@@ -258,9 +309,9 @@ async def test_children_leave_with_the_validator(file: Path) -> None:
 async def test_the_first_image_finds_a_child_that_is_warm(pool: ImageValidator, file: Path) -> None:
     """It takes the child of the start, and starts none."""
     pool.warm()
-    (child,) = pool.idle
+    (child,) = pool.children
     found = await pool.validate(file)
-    assert (found.result, pool.idle) == (SMALL, [child])
+    assert (found.result, pool.children) == (SMALL, [child])
 
 
 async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path) -> None:
@@ -298,7 +349,7 @@ from service.images.validator import open_validator
 async def main():
     async with open_validator(1, 10_000, 10_000) as pool:
         await pool.validate(pathlib.Path({str(file)!r}), compressed=False)
-        print(pool.idle[0].pid, flush=True)
+        print(pool.children[0].process.pid, flush=True)
         os.kill(os.getpid(), 9)
 
 asyncio.run(main())
