@@ -252,7 +252,15 @@ async def send_test(
         "time": sender.resources.clock(),
         "data": {"endpoint_id": endpoint["id"]} if data is None else data,
     }
-    attempt = await sender.send_event(
-        event, *(endpoint[name] for name in ("id", "url", "secret", "headers"))
+    delivery = DeliveryToSend(
+        id="",
+        owner="",
+        endpoint_id=endpoint["id"],
+        task_id=None,
+        state="pending",
+        **{name: endpoint[name] for name in ("url", "secret", "paused_until", "headers")},
+        endpoint_status=endpoint["status"],
+        event=event,
     )
+    attempt = await sender.post(delivery)
     return {"time": event["time"], **asdict(attempt)}

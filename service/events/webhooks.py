@@ -6,13 +6,11 @@ import json
 import time
 from dataclasses import dataclass
 
-from service.db.paging import Row
 from service.errors import ConfigurationError, EgressError, NoPlace, NoRoute
 from service.events.documents import event_document
 from service.events.endpoints import DeliveryAttempt
 from service.events.outbox import DeliveryToSend
 from service.events.secrets import valid_secrets
-from service.net.egress_client import Egress
 from service.net.responses import retry_after
 from service.ops import tracing
 from service.resources import Resources
@@ -42,8 +40,6 @@ class WebhookSender:
         Only a `first` attempt soon after the event belongs to the task's trace.
         """
         assert delivery.event is not None
-        assert delivery.url is not None
-        assert delivery.secret is not None
         event, to = delivery.event, delivery.endpoint_id or "callback_url"
         late = not first or self.resources.clock() - event["time"] > tracing.FRESH_MS
         about = tracing.message_attributes(
@@ -51,43 +47,19 @@ class WebhookSender:
         )
         parent = event["traceparent"]
         with tracing.span(f"send {to}", "producer", parent, linked=late, attributes=about) as span:
-            if delivery.endpoint_id is not None:
-                mine = delivery.endpoint_id, delivery.url, delivery.secret, delivery.headers
-                attempt = await self.send_event(event, *mine)
-            else:
-                egress = self.resources.task_callbacks
-                attempt = await self._post(egress, delivery.url, event, delivery.secret)
+            attempt = await self.post(delivery)
             if attempt.error is not None:
                 span.fail(str(attempt.status or "no_answer"))
         return attempt
 
-    def signed_request(self, delivery: DeliveryToSend) -> tuple[str, dict[str, str], bytes]:
-        """The address, the headers and the body of an attempt that were made now."""
-        assert delivery.event is not None
-        assert delivery.url is not None
-        assert delivery.secret is not None
-        mine = delivery.secret, delivery.headers, delivery.endpoint_id
-        return delivery.url, *self._signed(delivery.event, *mine)
-
-    async def send_event(
-        self, event: Row, endpoint_id: str, url: str, secret: bytes, headers: bytes | None
-    ) -> DeliveryAttempt:
-        egress = self.resources.endpoints
-        return await self._post(egress, url, event, secret, headers, endpoint_id)
-
-    async def _post(
-        self,
-        egress: Egress,
-        url: str,
-        event: Row,
-        secret: bytes,
-        static: bytes | None = None,
-        endpoint_id: str | None = None,
-    ) -> DeliveryAttempt:
-        attempt_id, started = self.resources.id("attempt"), time.perf_counter()
+    async def post(self, delivery: DeliveryToSend) -> DeliveryAttempt:
+        """Like `send`, without a trace."""
+        resources, to_endpoint = self.resources, delivery.endpoint_id is not None
+        egress = resources.endpoints if to_endpoint else resources.task_callbacks
+        attempt_id, started = resources.id("attempt"), time.perf_counter()
         ours = False
         try:
-            headers, body = self._signed(event, secret, static, endpoint_id)
+            url, headers, body = self.signed_request(delivery)
             answer = await egress.request(
                 "POST",
                 url,
@@ -111,18 +83,20 @@ class WebhookSender:
                 None if 200 <= answer.status < 300 else f"answered {answer.status}",
                 answer.body,
                 pause_ms=self._pause_ms(answer.status, answer.headers.get("retry-after")),
-                url=url,
+                url=delivery.url,
             )
         duration_ms = round((time.perf_counter() - started) * 1000)
-        return DeliveryAttempt(attempt_id, None, duration_ms, problem, ours=ours, url=url)
+        return DeliveryAttempt(attempt_id, None, duration_ms, problem, ours=ours, url=delivery.url)
 
-    def _signed(
-        self, event: Row, secret: bytes, static: bytes | None, endpoint_id: str | None
-    ) -> tuple[dict[str, str], bytes]:
-        """The headers, the endpoint's `static` ones among them, and the body that they sign.
-        Without `endpoint_id` the receiver is a task's own address.
+    def signed_request(self, delivery: DeliveryToSend) -> tuple[str, dict[str, str], bytes]:
+        """The address, the headers and the body of an attempt that is made now. The endpoint's
+        static headers are among them.
         """
-        now = self.resources.clock()
+        event, url, secret = delivery.event, delivery.url, delivery.secret
+        assert event is not None
+        assert url is not None
+        assert secret is not None
+        now, endpoint_id = self.resources.clock(), delivery.endpoint_id
         document = event_document(event, self.resources.links)
         body = compact_json(document["data"] if endpoint_id is None else document).encode()
         keyring, id, time_s = self.resources.keyring, event["id"], now // 1000
@@ -131,13 +105,13 @@ class WebhookSender:
         if endpoint_id is not None:
             signatures += " " + keyring.sign_openly(endpoint_id, id, time_s, body)
         headers = {
-            **(_lower(keyring.decrypt(static)) if static else {}),
+            **(_lower(keyring.decrypt(delivery.headers)) if delivery.headers else {}),
             "content-type": TASK_TYPE if endpoint_id is None else EVENT_TYPE,
             "webhook-id": id,
             "webhook-timestamp": str(time_s),
             "webhook-signature": signatures,
         }
-        return headers, body
+        return url, headers, body
 
     def _pause_ms(self, status: int, header: str | None) -> int:
         now_s = self.resources.clock() / 1000
