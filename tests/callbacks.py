@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from service.queue import worker
-from service.tasks.inbox_worker import InboxWorker, Judged
+from service.tasks.callbacks import Callback, Verdict
+from service.tasks.inbox_worker import InboxWorker
 from tests.upstream import Upstream
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -67,10 +68,9 @@ VERDICTS: dict[tuple[str, str], asyncio.Queue[str]] = defaultdict(asyncio.Queue)
 _tell = InboxWorker._tell
 
 
-def _record(inbox: InboxWorker, judged: Judged) -> None:
-    _tell(inbox, judged)
-    key = judged.callback.task_id, judged.callback.digest
-    VERDICTS[key].put_nowait(judged.verdict.verdict)
+def _record(inbox: InboxWorker, callback: Callback, verdict: Verdict) -> None:
+    _tell(inbox, callback, verdict)
+    VERDICTS[callback.task_id, callback.digest].put_nowait(verdict.verdict)
 
 
 setattr(InboxWorker, "_tell", _record)  # noqa: B010

@@ -30,8 +30,9 @@ BODIES, BODY_BYTES = 5, 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A callback with the right token. `report` None: unreadable. `digest` is the body's hash. The
-    links that it names live for `result_ttl_ms` from now.
+    """A callback with the right token. `report` None: unreadable. `digest` is the body's hash, and
+    `size` its length. It `waited_ms` for its verdict, and the links that it names live for
+    `result_ttl_ms` from now.
     """
 
     id: str
@@ -42,6 +43,8 @@ class Callback:
     body: bytes
     result_ttl_ms: int
     received_at: int
+    size: int = 0
+    waited_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ deletes the rows. A crash before its commit leaves them to the next worker.
 import asyncio
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from service.queue.checkpoints import checkpoint
 from service.queue.stage import log_failure
 from service.resources import Resources
 from service.strict_json import JSON
-from service.tasks.callbacks import KEPT, UNREADABLE_BYTES, Callback, Verdict, give_verdicts
+from service.tasks.callbacks import UNREADABLE_BYTES, Callback, Verdict, give_verdicts
 from service.tasks.transitions import lock
 from service.upstreams.base import Upstream
 
@@ -36,7 +35,6 @@ MAX_BODY = 256 * 1024
 SIGNAL = "inbox"  # of a commit that added rows
 ROWS = 50  # that one look finds
 LOOK_S, AGAIN_S = 5.0, 0.5  # waits for a signal, and after a failure
-COUNTED = 10_000  # tasks whose callbacks a process counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +46,7 @@ class Waiting:
     result_ttl_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A callback with its verdict. `waited_ms` is the time since its arrival."""
-
-    callback: Callback
-    verdict: Verdict
-    size: int
-    waited_ms: int
+Judged = tuple[Callback, Verdict]
 
 
 def insert_callbacks(tx: Transaction, items: Sequence[JSON]) -> list[None]:
@@ -85,7 +76,8 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
     rows = {row.id: row for row in sorted(tx.connection.execute(taken))}
     callbacks = []
     for row in rows.values():
-        upstream, waited_ms = asked[row.task_id].upstreams[row.upstream], tx.now - row.received_at
+        upstream = asked[row.task_id].upstreams[row.upstream]
+        waited_ms = max(0, tx.now - row.received_at)
         report = upstream.read_callback(row.body) if row.size <= MAX_BODY else None
         callback = Callback(
             id=row.id,
@@ -94,14 +86,15 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
             report=report,
             digest=row.digest,
             body=row.body if report else row.body[:UNREADABLE_BYTES],
-            result_ttl_ms=asked[row.task_id].result_ttl_ms - max(0, waited_ms),
+            result_ttl_ms=asked[row.task_id].result_ttl_ms - waited_ms,
             received_at=row.received_at,
+            size=row.size,
+            waited_ms=waited_ms,
         )
         callbacks.append(callback)
     judged: dict[str, list[Judged]] = {task_id: [] for task_id in asked}
     for callback, verdict in zip(callbacks, give_verdicts(tx, tasks, callbacks), strict=True):
-        waited_ms, size = tx.now - callback.received_at, rows[callback.id].size
-        judged[callback.task_id].append(Judged(callback, verdict, size, max(0, waited_ms)))
+        judged[callback.task_id].append((callback, verdict))
     return [judged.pop(item.task_id, []) for item in items]  # a task may be there twice
 
 
@@ -113,7 +106,6 @@ class InboxWorker:
     result_ttl_s: float
     # Tasks whose rows could not be judged: the failures, and when the next try is due.
     _held: dict[str, tuple[int, float]] = field(default_factory=dict)
-    _recent: Counter[str] = field(default_factory=Counter)
 
     async def receive(self, upstream: str, task_id: str, body: bytes, arrived: float) -> None:
         """Commits a callback with the right token. StoreUnavailable: nothing was promised.
@@ -140,17 +132,6 @@ class InboxWorker:
             raise StoreUnavailable("the callback could not be committed in time") from error
         checkpoint("inbox.committed")
         resources.metrics.callback_commit_seconds.observe(time.monotonic() - arrived)
-
-    async def bound(self, task_id: str) -> None:
-        """Judges a task after every `KEPT` callbacks, so that without a worker its rows do not
-        become many. The response does not wait for it.
-        """
-        self._recent[task_id] += 1
-        if self._recent[task_id] >= KEPT:
-            del self._recent[task_id]
-            await self.judge(task_id)
-        elif len(self._recent) > COUNTED:
-            self._recent.clear()
 
     async def run(self) -> None:
         with self.resources.store.signals.listen(SIGNAL) as arrived:
@@ -208,7 +189,7 @@ class InboxWorker:
             return True
         self._held.pop(task_id, None)
         for each in judged:
-            self._tell(each)
+            self._tell(*each)
         return True
 
     def _hold(self, task_id: str) -> tuple[int, float]:
@@ -218,10 +199,9 @@ class InboxWorker:
         self._held[task_id] = attempt, asyncio.get_running_loop().time() + wait_s
         return attempt, wait_s
 
-    def _tell(self, judged: Judged) -> None:
-        callback, verdict = judged.callback, judged.verdict
+    def _tell(self, callback: Callback, verdict: Verdict) -> None:
         self.resources.metrics.callbacks.labels(verdict.verdict).inc()
-        tracing.record("callback", "server", verdict.origin, judged.waited_ms / 1000)
+        tracing.record("callback", "server", verdict.origin, callback.waited_ms / 1000)
         log.info(
             "callback.received",
             owner=verdict.owner,
@@ -230,8 +210,8 @@ class InboxWorker:
             callback_id=verdict.callback_id,
             verdict=verdict.verdict,
             status=callback.report.status if callback.report else None,
-            bytes=judged.size,
-            duration_ms=judged.waited_ms,
+            bytes=callback.size,
+            duration_ms=callback.waited_ms,
         )
 
 

@@ -42,7 +42,7 @@ def item(task_id: str) -> Waiting:
 
 async def judged(subject: Subject, *task_ids: str) -> list[list[str]]:
     found = await subject.batch(judge_callbacks, [item(task_id) for task_id in task_ids])
-    return [[each.verdict.verdict for each in of_task] for of_task in found]
+    return [[verdict.verdict for _, verdict in each] for each in found]
 
 
 async def test_rows_are_judged_in_the_order_of_arrival_and_deleted(subject: Subject) -> None:

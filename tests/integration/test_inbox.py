@@ -1,5 +1,5 @@
-"""Callbacks in the inbox of real processes: without a worker, under a flood, and beside rows that
-cannot be judged.
+"""Callbacks in the inbox of real processes: without a worker, and beside rows that cannot be
+judged.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from service.app import Role
 from service.db.postgres import PostgresStore
 from service.db.tables import inbox
 from service.tasks import inbox_worker
-from service.tasks.callbacks import KEPT
 from service.tasks.inbox_worker import insert_callbacks
 from tests.callbacks import counted, heard, said, verdict
 from tests.upstream import Upstream, failed
@@ -77,26 +76,6 @@ async def test_without_a_worker_callbacks_wait_and_a_start_judges_them(tmp_path:
     ]
     started = next(n for n, line in enumerate(lines) if line["event"] == "service.started")
     assert all(lines.index(line) < started for line in of_first)
-
-
-async def test_a_flood_for_one_task_without_a_worker_stays_within_bounds(tmp_path: Path) -> None:
-    """The process that serves judges a task with many rows itself. Every callback is counted, and
-    rows of other tasks stay.
-    """
-    upstream = Upstream()
-    flooded, other = await submitted(tmp_path, upstream, 2)
-    async with world(tmp_path, upstream=upstream.app, role=WEB) as here:
-        await sent(here, other["id"], said(other, "failed"))
-
-        async def bounded() -> bool:
-            return len(await rows(here)) <= KEPT
-
-        for number in range(3 * KEPT + 1):
-            await sent(here, flooded["id"], b"garbage %d" % (number % 50))
-            await wait_until(bounded)  # a response does not wait for the verdicts
-        assert [row["task_id"] for row in await rows(here)] == [other["id"], flooded["id"]]
-        kept = await heard(here, flooded)
-        assert (len(kept), sum(count for _, _, count in kept)) == (KEPT, 3 * KEPT)
 
 
 async def test_a_row_that_cannot_be_judged_holds_up_no_other(

@@ -108,7 +108,6 @@ class CallbackRoute:
             if more:
                 await discard(receive)
             await refuse(scope, send, 413)
-        await context.inbox.bound(task_id)
 
 
 def has_long_body(scope: Scope) -> bool:
