@@ -37,7 +37,7 @@ from service.web.overload import MANUAL
 log = structlog.get_logger()
 
 # Concurrent first attempts and retries. One owner alone uses a fifth of them (see
-# `queue/owner_shares.py`).
+# `queue/leases.py`).
 DELIVERIES, REDELIVERIES = 256, 128
 S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 OTHERS_S = 3600  # how long a temporary file may belong to another process that is at work

@@ -1,5 +1,6 @@
 """The jobs of a process: its workers, and what runs beside them."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from service.events.broker_worker import BrokerWorker
 from service.images.downloads import retry_refused
 from service.images.sweep import sweep
-from service.queue.periodic import hourly
+from service.ops.metrics import Metrics
+from service.queue.stage import log_failure
 from service.queue.worker import WorkerPool
 from service.resources import Resources
 from service.settings import Settings
@@ -19,6 +21,32 @@ from service.upstreams.catalogue import DEFAULT_UPSTREAM
 from service.web.context import Context
 
 Job = Coroutine[Any, Any, None]
+
+EVERY_S = 3600.0
+
+
+async def hourly(
+    stage: str,
+    job: Callable[[], Awaitable[object]],
+    random: Callable[[], float],
+    metrics: Metrics,
+    *,
+    at_once: bool = False,
+) -> None:
+    """Runs a job until cancelled: first within an hour or `at_once`, then about every hour.
+
+    The random waits keep several processes from running it at the same moment. A run that fails
+    is logged and counted, and the next one comes all the same.
+    """
+    wait = 0.0 if at_once else EVERY_S * random()
+    while True:
+        await asyncio.sleep(wait)
+        wait = EVERY_S * (0.9 + 0.2 * random())
+        try:
+            await job()
+        except Exception as error:  # noqa: BLE001 - logged, and tried again in an hour
+            log_failure(stage, None, 1, round(wait), error)
+            metrics.worker_faults.labels(stage).inc()
 
 
 def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:

@@ -1,12 +1,13 @@
-"""Deliveries: what an attempt needs, and the record of what came of it."""
+"""Deliveries: what an attempt needs, the record of what came of it, and lists of them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, case, func, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, over, select, update
 
-from service.db.paging import Row
+from service.db.list_indexes import REFUSED, UNFINISHED
+from service.db.paging import Row, Selection, matching, page
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction, changing, inserting, one_by_one
 from service.events import delivery_order, failures, outbox
@@ -17,6 +18,7 @@ from service.ops.tracing import Origin
 from service.queue import leases
 
 COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
+ATTEMPTS = 200  # of a delivery in a list
 _to_callback = deliveries.c.endpoint_id.is_(None)
 _DELIVERIES_TO_SEND = (
     select(
@@ -256,3 +258,26 @@ def dead_letter_delivery(tx: Transaction, lease: Lease, cause: str) -> None:
     if row is not None:
         delivery_order.release_next(tx, row)
     outbox.emit_dead_letter(tx, lease, cause, row["task_id"] if row else None)
+
+
+def delivery_list(
+    connection: Connection, wanted: Selection, where: Mapping[str, Any] | None = None
+) -> list[tuple[Row, list[Row]]]:
+    """Deliveries with their latest attempts. `where` names columns, such as `id` or `state`."""
+    joined = deliveries.outerjoin(events, events.c.id == deliveries.c.event_id)
+    named = select(deliveries, events.c.type).select_from(joined)
+    statement = matching(named, deliveries, **(given := where or {}))
+    if given.get("state") in ("pending", "dead"):
+        statement = statement.where(UNFINISHED)
+    if given.get("last_status", 0) >= 300:
+        statement = statement.where(REFUSED)
+    rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
+    made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
+    order = attempts.c.time, attempts.c.id
+    latest = over(func.row_number(), attempts.c.delivery_id, [each.desc() for each in order])
+    tried = select(attempts, latest.label("number")).where(attempts.c.delivery_id.in_(made))
+    shown = tried.subquery()
+    few = select(shown).where(shown.c.number <= ATTEMPTS).order_by(shown.c.time, shown.c.id)
+    for attempt in connection.execute(few).mappings():
+        made[attempt["delivery_id"]].append(attempt)
+    return [(row, made[row["id"]]) for row in rows]

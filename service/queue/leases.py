@@ -7,25 +7,14 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from sqlalchemy import (
-    BindParameter,
-    ColumnElement,
-    Connection,
-    Select,
-    and_,
-    bindparam,
-    case,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Select, and_, bindparam, case, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.db.prepared import run
 from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction, one_by_one
-from service.queue.owner_shares import claimable, take_slot, use_slot
+from service.fair_places import has_share
 
 Rows = Callable[[Connection, Sequence[str]], Mapping[str, Any]]  # what leases need, by key
 
@@ -41,6 +30,9 @@ TOLERANCE_MS = 15_000
 # bursts, and a row that takes long meets all of them.
 CANDIDATE_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
 LONGEST_WAIT_MS = 320_000
+# An owner may use one slot for each four that stay free (see `fair_places`). A delivery holds its
+# slot until the server answers or the attempt times out.
+REST = 4
 
 
 def enqueue(
@@ -114,27 +106,41 @@ def _value(stage: str, row: object, name: str) -> Any:
     return row[column] if isinstance(row, Mapping) else getattr(row, column)
 
 
+def take_slot(tx: Transaction, stage: str, owner: str = "") -> bool:
+    """Uses a free slot of this process for a row of the owner. False: the row stays due."""
+    used, free = tx.shares.get(stage), tx.slots.get(stage, 0)
+    if free > 0 and (used is None or has_share(used.get(owner, 0), free, REST)):
+        use_slot(tx, stage, owner)
+        return True
+    tx.due.add(stage)
+    return False
+
+
+def use_slot(tx: Transaction, stage: str, owner: str) -> None:
+    tx.slots[stage] -= 1
+    if (used := tx.shares.get(stage)) is not None:
+        used[owner] = used.get(owner, 0) + 1
+
+
+def claimable(tx: Transaction, stage: str) -> tuple[int, list[str]]:
+    """How many rows one statement may lease, and the owners whose rows it must pass over.
+
+    The rows may all be one owner's. So their number fits into the share of each owner that still
+    has one.
+    """
+    used, free = tx.shares.get(stage), tx.slots[stage]
+    if used is None:
+        return free, []
+    full = [owner for owner, slots in used.items() if not has_share(slots, free, REST)]
+    most = max((slots for slots in used.values() if has_share(slots, free, REST)), default=0)
+    return max(1, -(-(free - REST * most) // (REST + 1))), full
+
+
 @one_by_one
 def claim(tx: Transaction, stage: str) -> int:
     """Leases due rows of a stage to this process, up to its free slots and to the shares of their
-    owners. Returns their number.
-    """
-    return _claim(tx, stage)
-
-
-@one_by_one
-def claim_with_rows(tx: Transaction, item: tuple[str, Rows]) -> int:
-    """Like `claim`, and reads the rows of all leases with one call."""
-    (stage, rows), first = item, len(tx.leased)
-    count, leases = _claim(tx, stage), tx.leased[first:]
-    found = rows(tx.connection, [lease.key for lease in leases]) if leases else {}
-    tx.leased[first:] = [replace(lease, row=found.get(lease.key)) for lease in leases]
-    return count
-
-
-def _claim(tx: Transaction, stage: str) -> int:
-    """Leases rows, statement by statement. Each passes over the owners whose share the one before
-    has used up.
+    owners, and returns their number. Each statement passes over the owners whose share the one
+    before has used up.
     """
     count = 0
     while tx.slots.get(stage, 0):
@@ -149,6 +155,16 @@ def _claim(tx: Transaction, stage: str) -> int:
         if len(leases) < most:
             return count
     tx.due.add(stage)  # there may be more
+    return count
+
+
+@one_by_one
+def claim_with_rows(tx: Transaction, item: tuple[str, Rows]) -> int:
+    """Like `claim`, and reads the rows of all leases with one call."""
+    (stage, rows), first = item, len(tx.leased)
+    (count,), leases = claim(tx, [stage]), tx.leased[first:]
+    found = rows(tx.connection, [lease.key for lease in leases]) if leases else {}
+    tx.leased[first:] = [replace(lease, row=found.get(lease.key)) for lease in leases]
     return count
 
 
@@ -175,17 +191,15 @@ def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
 def ready_rows(queue: Queue, *, candidate: bool, passing: bool = False) -> Select[Any]:
     """The rows that may be claimed, in the order of their queue. `passing` over some owners'."""
     until, crashes = queue.column("lease_until"), queue.column("deaths")
-    now: BindParameter[int] = bindparam("now")
     # A lease that ended by itself is a crash that is not counted yet.
-    poison: ColumnElement[bool]
     if candidate:
         poison = and_(crashes > ZERO, or_(crashes > 1, until.is_not(None)))
     else:
         poison = or_(crashes < 1, and_(crashes < 2, until.is_(None)))
-    ended = or_(until.is_(None), until <= now, until > bindparam("longest"))
+    ended = or_(until.is_(None), until <= bindparam("now"), until > bindparam("longest"))
     ready = (
         select(queue.table.c.id)
-        .where(queue.column("due_at") <= now, ended, poison)
+        .where(queue.column("due_at") <= bindparam("now"), ended, poison)
         .order_by(queue.order)
         .limit(bindparam("free"))
     )
@@ -201,7 +215,6 @@ def _claiming(
 ) -> ReturningUpdate[Any]:
     until, key = queue.column("lease_until"), queue.table.c.id
     fence, attempts, crashes = (queue.column(name) for name in ("fence", "attempts", "deaths"))
-    now: BindParameter[int] = bindparam("now")
     count = case((until.is_not(None), crashes + 1), else_=crashes)
     values = {
         until: bindparam("until"),
@@ -212,7 +225,7 @@ def _claiming(
     }
     if candidate:
         wait = case(CANDIDATE_WAITS_MS, value=count, else_=LONGEST_WAIT_MS)
-        values[queue.column("due_at")] = now + wait
+        values[queue.column("due_at")] = bindparam("now") + wait
     # Materialised: a plan that runs the subquery once for each row leases more rows than `free`.
     chosen = (
         ready_rows(queue, candidate=candidate, passing=passing)
@@ -236,10 +249,9 @@ def renew(tx: Transaction, lease: Lease) -> bool:
     return change(tx, lease, {"lease_until": longer})
 
 
-@one_by_one
-def give_back(tx: Transaction, lease: Lease) -> bool:
+def give_back(tx: Transaction, items: Sequence[Lease]) -> list[bool]:
     """Returns work untouched, as a stopping process does. The attempt does not count."""
-    return _give_back(tx, lease, 0)
+    return snooze(tx, [(lease, 0) for lease in items])
 
 
 @one_by_one
@@ -247,11 +259,7 @@ def snooze(tx: Transaction, item: tuple[Lease, int]) -> bool:
     """Returns work that the store could not record. It is due again after so many milliseconds, so
     that other rows go first.
     """
-    return _give_back(tx, *item)
-
-
-def _give_back(tx: Transaction, lease: Lease, wait_ms: int) -> bool:
-    queue = QUEUES[lease.stage]
+    (lease, wait_ms), queue = item, QUEUES[item[0].stage]
     due_at, attempts = queue.column("due_at"), queue.column("attempts")
     # The due time of a poison candidate lies ahead, in case it crashes.
     at_once = case((due_at > tx.now, tx.now), else_=due_at)

@@ -10,8 +10,7 @@ from service.db.transaction import Lease
 from service.errors import BlobUnavailable, StoreUnavailable
 from service.fair_places import has_share
 from service.queue.crashes import DeadLetter
-from service.queue.leases import Rows
-from service.queue.owner_shares import REST
+from service.queue.leases import REST, Rows
 
 log = structlog.get_logger()
 

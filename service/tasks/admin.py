@@ -1,10 +1,13 @@
-"""Decisions of an operator: the outcome of an uncertain submission, and a query now."""
+"""Decisions about a task: its owner cancels it. An operator resolves an uncertain submission, or
+has the upstream queried now.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import and_
+from sqlalchemy import and_, delete
 
+from service.db.paging import Owned
 from service.db.tables import images
 from service.db.transaction import Transaction
 from service.queue import leases
@@ -12,11 +15,32 @@ from service.tasks.results import awaits_link, forget_failures
 from service.tasks.rows import TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.submissions import end_uncertain
-from service.tasks.transitions import ask, change, is_taken, lock, submitted
+from service.tasks.transitions import ask, change, end, is_taken, lock, submitted, task_error
 from service.upstreams.base import Report
 
 # A lost image waits so long for a query that is answered, then its old link is tried.
 REVIVED_MS = 30 * 60 * 1000
+
+
+def cancel_tasks(tx: Transaction, items: Sequence[Owned]) -> list[str | None]:
+    """Cancels tasks here, not at the upstream. Returns None, or the reason against it: `missing`,
+    or the terminal state of the task.
+    """
+    rows = lock(tx, (item.id for item in items))
+    results: list[str | None] = []
+    for item in items:
+        row = rows.get(item.id)
+        if row is None or item.owner not in (None, row.owner):
+            results.append("missing")
+        elif row.terminal:
+            results.append(row.state.value)
+        else:
+            query_at = row.settle_due_at if row.upstream_id is not None else None
+            tx.connection.execute(delete(images).where(images.c.task_id == row.id))
+            end(tx, row, State.CANCELLED, task_error("request_cancelled", "cancelled by its owner"))
+            change(tx, row, settle_due_at=query_at)  # its cost is still recorded
+            results.append(None)
+    return results
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ from service.queue import leases
 from service.queue.leases import claim
 from service.strict_json import JSON
 from service.tasks.accept import Inserted, insert_tasks
+from service.tasks.admin import cancel_tasks
 from service.tasks.callbacks import Callback, Verdict, give_verdicts
-from service.tasks.cancel import cancel_tasks
 from service.tasks.owner_keys import StoredKey, insert_keys
 from service.tasks.rows import TaskRow
 from service.tasks.settlements import Settlement, record_settlements

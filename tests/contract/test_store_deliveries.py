@@ -12,8 +12,12 @@ import pytest
 from service.db.paging import After, Row, Selection
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
-from service.events.deliveries import DeliveryOutcome, delivery_to_send, record_attempts
-from service.events.delivery_lists import delivery_list
+from service.events.deliveries import (
+    DeliveryOutcome,
+    delivery_list,
+    delivery_to_send,
+    record_attempts,
+)
 from service.events.endpoints import (
     DeliveryAttempt,
     EndpointChange,

@@ -11,8 +11,7 @@ import pytest
 from service.db.operator_tables import ledger
 from service.db.paging import Owned
 from service.db.transaction import Transaction
-from service.tasks.admin import reconcile_tasks
-from service.tasks.cancel import cancel_tasks
+from service.tasks.admin import cancel_tasks, reconcile_tasks
 from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.submissions import record_submissions
 from service.upstreams.base import Report, Status

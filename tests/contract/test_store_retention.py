@@ -19,7 +19,7 @@ from service.images.downloads import shown_image
 from service.images.sweep import orphans
 from service.links import Links
 from service.tasks import task_queries
-from service.tasks.cancel import cancel_tasks
+from service.tasks.admin import cancel_tasks
 from service.tasks.state import State
 from service.upkeep import retention_sql
 from service.upkeep.retention_sql import (

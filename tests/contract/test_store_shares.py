@@ -9,8 +9,8 @@ from sqlalchemy import Connection, text
 from service.db.sqlite import SqliteStore
 from service.db.tables import deliveries
 from service.fair_places import has_share
-from service.queue import owner_shares
-from service.queue.owner_shares import REST
+from service.queue import leases
+from service.queue.leases import REST
 from tests.contract.subject import Subject
 from tests.outbox import Made, emit
 
@@ -88,7 +88,7 @@ async def test_a_claim_ends_whatever_the_shares_are(
     subject: Subject, used: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each statement leases at least one row or is the last, also without the rule."""
-    monkeypatch.setattr(owner_shares, "has_share", lambda *_: True)
+    monkeypatch.setattr(leases, "has_share", lambda *_: True)
     await waiting(subject, "greedy", 100)
     async with asyncio.timeout(60):
         got = await claimed(subject, {"greedy": used}, SLOTS - used)

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.responses import Response
 from structlog.testing import capture_logs
 
+from service import jobs
 from service.app import Role
 from service.images.sweep import AGE_MS, sweep
-from service.queue import periodic
 from service.upkeep import retention, retention_sql
 from service.upkeep.retention import DAY_MS, Retention
 from tests.api import SUBMIT, TIME, UNTIL_DONE, got, order, refused, submitted
-from tests.upstream import After
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
@@ -137,33 +135,6 @@ async def test_the_same_order_again_is_the_erased_task(here: World) -> None:
             assert (got(again)["id"], got(again)["prompt"]) == (task_id, None)
 
 
-async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Path) -> None:
-    """A pending delivery of an erased task is retried under the same id, with the terminal event
-    but without content.
-    """
-    erased = asyncio.Event()
-    first_answer = After(erased.wait, Response(status_code=500))
-    async with world(tmp_path) as here, subscriber() as takes:
-        takes.answer = lambda n, _: first_answer if n == 0 else Response(status_code=204)
-        got(
-            await here.client.post(
-                "/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}
-            ),
-            201,
-        )
-        task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT, metadata={"customer": "7"})
-        await wait_until(lambda: takes.received)
-        assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
-        erased.set()
-        first, second = await wait_until(
-            lambda: takes.received if len(takes.received) == 2 else None
-        )
-        assert first.headers["webhook-id"] == second.headers["webhook-id"]
-        assert b'"customer"' in first.body
-        assert b'"customer"' not in second.body
-        assert b'"state":"completed"' in second.body
-
-
 async def test_images_that_the_store_cannot_delete_are_left_to_the_sweep(tmp_path: Path) -> None:
     """The task is erased although a blob cannot be deleted, and the failure is logged. The image
     link answers 410, and the sweep removes the blob later.
@@ -253,27 +224,6 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
         }
 
 
-async def test_a_delivery_that_is_held_keeps_its_event(here: World) -> None:
-    """A paused endpoint gets the event with all its content, although retention has emptied the
-    task's row long before.
-    """
-    async with here.owner() as client, subscriber() as takes:
-        endpoint = got(
-            await client.post(
-                "/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}
-            ),
-            201,
-        )
-        got(await client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"}))
-        task = await submitted(client, UNTIL_DONE, metadata={"customer": "7"})
-        await later(here, 99 * DAY_MS).apply()
-        assert got(await client.get(f"/v1/tasks/{task['id']}"))["metadata"] == {}
-        assert takes.received == []
-        got(await client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "enabled"}))
-        (received,) = await wait_until(lambda: takes.received)
-        assert b'"customer"' in received.body
-
-
 async def test_images_go_after_days_of_their_own(place: World) -> None:
     """After `image_days` the blobs are gone and links answer 410. The task's content stays. Without
     `image_days` images stay for ever.
@@ -317,7 +267,7 @@ async def test_processes_with_workers_apply_it_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job takes its days from the settings."""
-    monkeypatch.setattr(periodic, "EVERY_S", 0.05)
+    monkeypatch.setattr(jobs, "EVERY_S", 0.05)
     async with world(tmp_path, retention_days=1e-6, image_retention_days=1e-6) as here:
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT)
 

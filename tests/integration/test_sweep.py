@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from service import jobs
 from service.app import Role
 from service.images import sweep
 from service.images.sweep import AGE_MS
-from service.queue import periodic
 from tests.api import UNTIL_DONE, submitted
 from tests.blobs import put
 from tests.waiting import wait_until
@@ -101,7 +101,7 @@ async def test_processes_with_workers_sweep_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process sweeps repeatedly, logs a failure and goes on."""
-    monkeypatch.setattr(periodic, "EVERY_S", 0.05)
+    monkeypatch.setattr(jobs, "EVERY_S", 0.05)
     monkeypatch.setattr(sweep, "AGE_MS", -60_000)
     with capture_logs() as lines:
         async with world(tmp_path) as here:

@@ -23,8 +23,7 @@ from service.queue import leases
 from service.queue.crashes import record_faults
 from service.tasks.accept import Inserted, insert_tasks
 from service.tasks.account_breaker import resume_submissions
-from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
-from service.tasks.cancel import cancel_tasks
+from service.tasks.admin import TaskResolution, cancel_tasks, reconcile_tasks, resolve_tasks
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionStart

@@ -11,8 +11,7 @@ from service.queue import crashes, leases
 from service.queue.crashes import DeadLetter, Fault, claim_candidates, record_faults
 from service.queue.leases import LEASE_MS
 from service.tasks.account_breaker import hold_submissions, resume_submissions
-from service.tasks.admin import reconcile_tasks, resolve_tasks
-from service.tasks.cancel import cancel_tasks
+from service.tasks.admin import cancel_tasks, reconcile_tasks, resolve_tasks
 from service.tasks.settlements import record_settlements
 from service.tasks.submissions import record_submissions, start_submissions
 from service.upkeep.retention_sql import erase_tasks, strip_tasks

@@ -8,8 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.db.paging import Row, Selection
 from service.errors import ApiError, invalid_request
-from service.events.deliveries import delivery_to_send
-from service.events.delivery_lists import delivery_list
+from service.events.deliveries import delivery_list, delivery_to_send
 from service.events.delivery_worker import is_sendable, send_manually
 from service.events.documents import delivery_document
 from service.events.failures import failure_groups

@@ -14,8 +14,8 @@ from service.images.downloads import quarantined_bodies
 from service.links import is_data, with_links
 from service.strict_json import JSON, LARGE, compact_json
 from service.tasks import task_queries
+from service.tasks.admin import cancel_tasks
 from service.tasks.audit import unless_refused
-from service.tasks.cancel import cancel_tasks
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
