@@ -1,7 +1,6 @@
 """The inbox: each verdict on a callback that reaches the store (docs/callbacks.md)."""
 
 import asyncio
-from itertools import permutations
 
 import pytest
 
@@ -14,14 +13,12 @@ from tests.contract.subject import (
     FIRST_QUERY,
     LOST,
     SECOND,
-    UNDECIDED,
     Subject,
     accept_callbacks,
     accepted,
     accepts,
     callback,
     completed,
-    digest,
     failed,
     processing,
     upstream_id,
@@ -249,15 +246,6 @@ async def test_an_unreadable_callback_after_the_end_makes_one_query_due(subject:
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
-async def test_an_unreadable_callback_before_the_id_is_known_makes_no_query_due(
-    subject: Subject,
-) -> None:
-    """It is kept. The query waits for an id."""
-    lease = await subject.submitting()
-    assert (await subject.callback(lease.key, None, b"<html>")).verdict == "unreadable"
-    assert (await subject.task(lease.key))["settle_due_at"] is None
-
-
 async def test_a_foreign_upstream_id_is_a_conflict(subject: Subject) -> None:
     """The callback names another id than the known one. It is kept and emits one event, a query for
     the known id is due, and no image is downloaded.
@@ -372,31 +360,6 @@ async def test_a_callback_after_a_local_cancel_only_records_the_charge(subject: 
     assert await subject.types(task_id) == ["image.task.submitted", "image.task.cancelled"]
 
 
-async def test_a_callback_after_submission_uncertain_is_kept_and_makes_a_query_due(
-    subject: Subject,
-) -> None:
-    """The proof comes after the task failed. State and event stand, and the id and the credits are
-    recorded.
-    """
-    task_id = await subject.uncertain(decide_ms=0)
-    assert (
-        await subject.submission(await subject.claimed("submit", task_id), UNDECIDED)
-        is State.FAILED
-    )
-    assert (await subject.callback(task_id, completed(task_id, URL))).verdict == "accepted"
-    assert (
-        await subject.settle(task_id, completed(task_id, URL, credits_used=1_000_000))
-        is State.FAILED
-    )
-    task = await subject.task(task_id)
-    assert (task["upstream_id"], task["credits_used"], task["error"]["code"]) == (
-        upstream_id(task_id),
-        1_000_000,
-        "submission_uncertain",
-    )
-    assert await subject.types(task_id) == ["image.task.failed"]
-
-
 async def test_every_verdict_at_once_in_one_batch(subject: Subject) -> None:
     """A batch gives each callback the verdict that it would get alone, in order."""
     one, two, three = [await subject.submitted() for _ in range(3)]
@@ -434,25 +397,6 @@ async def test_every_verdict_at_once_in_one_batch(subject: Subject) -> None:
         (two, "accepted", 1, True),
         (three, "conflict", 1, None),
     ]
-
-
-async def test_any_order_of_three_callbacks_keeps_one_first(subject: Subject) -> None:
-    """The first terminal callback stands, and the store compares the rest with it."""
-    for order in permutations(("completed", "failed", "processing")):
-        task_id = await subject.submitted()
-        reports = {
-            "completed": completed(task_id, URL),
-            "failed": failed(task_id),
-            "processing": processing(task_id),
-        }
-        verdicts = {
-            name: (await subject.callback(task_id, reports[name])).verdict for name in order
-        }
-        first, second = (name for name in order if name != "processing")
-        assert verdicts == {"processing": "accepted", first: "accepted", second: "conflict"}
-        assert [
-            row["digest"] for row in await subject.rows(callbacks, task_id=task_id, first=True)
-        ] == [digest(reports[first])]
 
 
 async def test_a_callback_recorded_again_is_not_counted_again(subject: Subject) -> None:

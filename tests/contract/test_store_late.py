@@ -63,13 +63,6 @@ async def gone(subject: Subject) -> str:
     return task_id
 
 
-async def cancelled(subject: Subject) -> str:
-    """A task that its owner cancelled locally."""
-    task_id = await subject.submitted()
-    assert await subject.cancel(task_id) is None
-    return task_id
-
-
 @pytest.mark.parametrize("ending", [given_up, expired, gone])
 async def test_images_proved_late_are_stored_and_listed(subject: Subject, ending: object) -> None:
     """The task and its terminal event stay as they were. Credits and images are recorded, and
@@ -139,16 +132,6 @@ async def test_a_task_that_proves_to_have_failed_emits_an_event(
     assert await subject.images(task_id) == []
 
 
-async def test_a_repeated_report_that_a_task_is_gone_emits_no_event(subject: Subject) -> None:
-    task_id = await gone(subject)
-    assert (
-        await subject.callback(task_id, failed(task_id, "resource_not_found"))
-    ).verdict == "accepted"
-    assert await subject.settle(task_id, failed(task_id, "resource_not_found")) is State.EXPIRED
-    assert "task.late_result" not in await subject.types(task_id)
-    assert (await subject.task(task_id))["settle_due_at"] is None
-
-
 async def test_proof_counts_after_repeated_reports_that_a_task_is_gone(subject: Subject) -> None:
     """Such a report settles nothing, however often it comes. Images that are proved later are
     stored.
@@ -156,27 +139,14 @@ async def test_proof_counts_after_repeated_reports_that_a_task_is_gone(subject: 
     task_id = await gone(subject)
     await subject.callback(task_id, failed(task_id, "resource_not_found"))
     assert await subject.settle(task_id, failed(task_id, "resource_not_found")) is State.EXPIRED
-    assert (await subject.task(task_id))["settled_digest"] is None
+    task = await subject.task(task_id)
+    assert (task["settled_digest"], task["settle_due_at"]) == (None, None)
+    assert "task.late_result" not in await subject.types(task_id)
     await subject.callback(task_id, completed(task_id, URLS[0]))
     assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.EXPIRED
     (image,) = await subject.images(task_id)
     assert await subject.download(image, stored(image)) == "stored"
     assert (await subject.types(task_id))[-1] == "task.late_result"
-
-
-async def test_after_a_local_cancel_only_credits_are_recorded(subject: Subject) -> None:
-    """A cancelled task keeps no image that arrives later."""
-    task_id = await cancelled(subject)
-    await subject.callback(task_id, completed(task_id, *URLS))
-    assert (
-        await subject.settle(task_id, completed(task_id, *URLS, credits_used=1_000_000))
-        is State.CANCELLED
-    )
-    assert (await subject.task(task_id))["credits_used"] == 1_000_000
-    assert (await subject.images(task_id), "task.late_result" in await subject.types(task_id)) == (
-        [],
-        False,
-    )
 
 
 async def test_queries_go_on_until_the_upstream_has_ended_the_task_too(subject: Subject) -> None:

@@ -22,7 +22,6 @@ from tests.contract.subject import (
     LOST,
     MINUTE,
     SECOND,
-    UNDECIDED,
     Subject,
     accepted,
     completed,
@@ -434,24 +433,6 @@ async def test_a_callback_during_a_query_about_a_cancelled_task_makes_another_qu
     )
     assert await subject.write(record_settlements, answer) is State.CANCELLED
     assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
-
-
-async def test_a_task_that_ended_as_uncertain_is_queried_for_its_charge(subject: Subject) -> None:
-    """`submission_uncertain` is our own decision. Once a callback names the upstream's id, queries
-    go on until the upstream has ended the task too.
-    """
-    task_id = await subject.uncertain(0)
-    lease = await subject.claimed("submit", task_id)
-    assert await subject.submission(lease, UNDECIDED) is State.FAILED
-    await subject.callback(task_id, processing(task_id))
-    assert await subject.settle(task_id, processing(task_id)) is State.FAILED
-    assert (await subject.task(task_id))["settle_due_at"] is not None
-    assert (
-        await subject.settle(task_id, completed(task_id, URL, credits_used=2_000_000))
-        is State.FAILED
-    )
-    task = await subject.task(task_id)
-    assert (task["credits_used"], task["settle_due_at"]) == (2_000_000, None)
 
 
 async def test_a_duplicate_callback_that_brings_the_id_makes_a_query_due(subject: Subject) -> None:

@@ -6,15 +6,13 @@ import asyncio
 import random
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.queue import worker
-from tests.callbacks import asked, heard, quick_world, said, types, verdict
-from tests.upstream import After, Upstream, document, error, failed
-from tests.world import World, world
+from tests.callbacks import heard, quick_world, said, types, verdict
+from tests.upstream import After, Upstream, document, failed
+from tests.world import World
 
 WORLD = quick_world
 
@@ -142,80 +140,3 @@ async def test_callbacks_race_the_submit_answer(here: World, upstream: Upstream)
         ended = await here.ended(task["id"])
         assert (ended["upstream_id"], ended["error"]["code"]) == (mine, "service_error")
         assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
-
-
-async def test_after_settling_by_reconcile_a_callback_is_compared_with_what_is_settled(
-    here: World, upstream: Upstream
-) -> None:
-    """The first callback may arrive after the task has ended. It agrees or conflicts with the
-    settled outcome, which does not change.
-    """
-    for name, word in (
-        ("failed", "duplicate"),
-        ("completed", "conflict"),
-        ("cancelled", "conflict"),
-    ):
-        task = await here.submit()
-        upstream.queries[task["upstream_id"]] = [failed("service_error")]
-        assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
-        await here.ended(task["id"])
-        told = await types(here, task)
-        assert [await verdict(here, task, sent(task)[name]) for _ in range(3)] == [word] * 3
-        conflicts = ["callback.conflict"] if word == "conflict" else []
-        assert await types(here, task) == [*told, *conflicts]
-        assert (await here.task(task["id"]))["state"] == "failed"
-
-
-async def test_after_a_local_cancel_a_callback_is_answered_and_nothing_is_kept_of_the_work(
-    here: World, upstream: Upstream
-) -> None:
-    """The task stays cancelled whatever arrives and however often. It gets no image and no second
-    terminal event.
-    """
-    task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [
-        document("completed", NOWHERE[0], usage={"credits_used": 1})
-    ]
-    assert (await here.client.post(f"/v1/tasks/{task['id']}/cancel")).json()["cancel"] == "local"
-    bodies = sent(task)
-    assert await verdict(here, task, bodies["completed"]) == "accepted"
-    await asked(upstream, task)
-    assert await verdict(here, task, bodies["completed"]) == "duplicate"
-    assert await verdict(here, task, bodies["processing"]) == "accepted"
-    assert await verdict(here, task, bodies["unreadable"]) == "unreadable"
-    after = await here.task(task["id"])
-    assert (after["state"], after["images"], after["results"]) == ("cancelled", [], [])
-    assert [type for type in await types(here, task) if type != "callback.conflict"] == [
-        "image.task.submitted",
-        "image.task.cancelled",
-    ]
-
-
-async def test_after_expiry_a_callback_is_answered_and_the_end_stands(
-    upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A callback may arrive for a task that the upstream no longer has. It is accepted and counted,
-    and the task stays expired.
-    """
-    monkeypatch.setattr(worker, "LOOK_S", 0.05)
-    async with world(
-        tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.05
-    ) as there:
-        named = document("pending", id="task-unified-forgotten")
-        upstream.submits["to be forgotten"] = [named]
-        upstream.queries["task-unified-forgotten"] = [error(404, "task_not_found")]
-        task = await there.submit(prompt="to be forgotten")
-        assert (await there.ended(task["id"]))["state"] == "expired"
-        bodies = sent(task)
-        assert [await verdict(there, task, bodies["failed"]) for _ in range(3)] == [
-            "accepted",
-            "duplicate",
-            "duplicate",
-        ]
-        assert await verdict(there, task, bodies["processing"]) == "accepted"
-        assert await verdict(there, task, bodies["foreign"]) == "conflict"
-        assert (await there.task(task["id"]))["state"] == "expired"
-        assert [type for type in await types(there, task) if type.startswith("image.")] == [
-            "image.task.submitted",
-            "image.task.expired",
-        ]

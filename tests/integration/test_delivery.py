@@ -319,23 +319,6 @@ async def test_gone_disables_the_endpoint(here: World, somebody: Owner, takers: 
     assert len(await somebody.deliveries()) == before
 
 
-async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(
-    tmp_path: Path, takers: Takers
-) -> None:
-    """`ENDPOINT_DISABLE_AFTER_S` counts from the first failure in a row."""
-    async with (
-        world(tmp_path, endpoint_disable_after_s=0.05) as here,
-        owner(here, "slow") as somebody,
-    ):
-        endpoint = await somebody.subscribe(takers.url("/hopeless", BROKEN))
-        await somebody.submit()
-
-        async def disabled() -> Any:
-            return (await somebody.get(f"/v1/endpoints/{endpoint['id']}"))["disabled_reason"]
-
-        assert (await wait_until(disabled)).startswith("every attempt failed since 20")
-
-
 @pytest.mark.parametrize(("status", "form"), [(429, "seconds"), (503, "date")])
 async def test_an_endpoint_that_asks_for_peace_gets_it(
     status: int, form: str, here: World, somebody: Owner, takers: Takers
@@ -425,15 +408,6 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_task(
     assert second.headers["content-type"] == "application/json"
     assert first.headers["webhook-id"] == second.headers["webhook-id"] == delivery["event"]
     assert first.body == second.body
-
-
-async def test_a_tasks_own_callback_url_that_is_gone_is_left_alone(
-    somebody: Owner, takers: Takers
-) -> None:
-    """A 410 makes only that delivery dead."""
-    task = await somebody.submit(callback_url=takers.url("/own-gone", Response(status_code=410)))
-    (delivery,) = await somebody.finished(task=task["id"])
-    assert (delivery["state"], len(delivery["attempts"])) == ("dead", 1)
 
 
 async def test_operators_events_go_to_operators_alone(

@@ -4,16 +4,15 @@ sockets.
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.responses import Response
 
 from service.queue import worker
-from service.tasks import confirm_worker, task_queries
+from service.tasks import confirm_worker
 from tests.callbacks import verdict
-from tests.upstream import Cut, Upstream, document, error, failed, picture
+from tests.upstream import Cut, Upstream, document, error, picture
 from tests.waiting import wait_until
 from tests.world import World, world
 
@@ -126,34 +125,6 @@ async def test_a_picture_proved_after_submission_uncertain_is_saved_and_listed(
     )
 
 
-async def test_a_picture_proved_after_expiry_is_saved_and_listed(
-    upstream: Upstream, tmp_path: Path
-) -> None:
-    """The task expires because the upstream does not know it. The upstream's callback arrives
-    afterwards.
-    """
-    async with world(
-        tmp_path, upstream=upstream.app, evolink_task_ttl_s=0.2, reconcile_after_s=0.05
-    ) as here:
-        upstream.submits["expiring"] = [document("pending", id="task-unified-exp")]
-        upstream.queries["task-unified-exp"] = [error(404, "task_not_found")]
-        task = await here.submit(prompt="expiring")
-        task = await in_state(here, task["id"], "expired")
-        link = f"{here.sandbox_url}/files/0.png"
-        upstream.queries["task-unified-exp"] = [document("completed", link)]
-        assert (
-            await call(here, task, id="task-unified-exp", status="completed", results=[link])
-            == "accepted"
-        )
-        await told_late(here, task)
-        late = await here.task(task["id"])
-        assert (late["state"], late["error"]["code"], len(late["images"])) == (
-            "expired",
-            "expired",
-            1,
-        )
-
-
 async def test_an_operator_gives_an_uncertain_task_its_id(
     patient: World, upstream: Upstream
 ) -> None:
@@ -178,47 +149,6 @@ async def test_an_operator_gives_an_uncertain_task_its_id(
         f"/v1/tasks/{other['id']}/resolve", json={"upstream_id": "task-unified-hand"}
     )
     assert (taken.status_code, taken.json()["error"]["param"]) == (409, "upstream_id")
-
-
-async def test_an_operator_corrects_a_mistyped_id(patient: World, upstream: Upstream) -> None:
-    """An operator may replace the id while the upstream does not know it. After the upstream's
-    answer the id is final.
-    """
-    task = await in_state(
-        patient, (await doubtful(patient, upstream, "mistyped"))["id"], "uncertain"
-    )
-    upstream.queries["task-unified-slip"] = [error(404, "task_not_found")]
-    upstream.queries["task-unified-meant"] = [
-        document("completed", f"{patient.sandbox_url}/files/0.png")
-    ]
-    for given in ("task-unified-slip", "task-unified-meant"):
-        answer = await patient.client.post(
-            f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": given}
-        )
-        assert (answer.status_code, answer.json()["upstream_id"]) == (200, given)
-    assert len((await patient.ended(task["id"]))["images"]) == 1
-    late = await patient.client.post(
-        f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": "task-unified-slip"}
-    )
-    assert (late.status_code, late.json()["error"]["code"]) == (409, "task_not_uncertain")
-
-
-async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(
-    patient: World, upstream: Upstream
-) -> None:
-    """The submission is due again after `DARKROOM_UNCERTAIN_AFTER_S`, not after the shorter time of
-    a first query.
-    """
-    for prompt in ("one id", "the same id"):
-        upstream.submits[prompt] = [document("pending", id="task-unified-shared")]
-    assert (await patient.submit(prompt="one id"))["state"] == "submitted"
-    task = await patient.submit(prompt="the same id")
-    assert task["state"] == "uncertain"
-    resources = patient.context.resources
-    row = await resources.store.read(task_queries.task_row, task["id"], None)
-    assert row is not None
-    assert row.submit_due_at is not None
-    assert row.submit_due_at - resources.clock() > 500_000
 
 
 @pytest.mark.parametrize(("decision", "state"), [("failed", "failed"), ("resubmit", "submitted")])
@@ -302,22 +232,3 @@ async def test_there_is_nothing_to_reconcile_without_an_id(
     )
     answer = await patient.client.post(f"/v1/tasks/{task['id']}/reconcile")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "task_not_submitted")
-
-
-async def test_a_late_failure_is_told_and_nothing_is_listed(
-    here: World, upstream: Upstream
-) -> None:
-    """The event says that the uncertain submission was created and failed, so operators know that
-    it cost nothing.
-    """
-    task = await in_state(here, (await doubtful(here, upstream, "late failure"))["id"], "failed")
-    upstream.queries["task-unified-failed"] = [failed("service_error")]
-    await call(
-        here,
-        task,
-        id="task-unified-failed",
-        status="failed",
-        error={"code": "service_error", "message": "no"},
-    )
-    assert (await told_late(here, task))["data"]["status"] == "failed"
-    assert (await here.task(task["id"]))["images"] == []

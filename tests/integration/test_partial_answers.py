@@ -14,8 +14,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.backends import INLINE_IMAGES
-from service.queue.backoff import results_wait
-from service.settings import load_settings
 from service.tasks import results
 from service.upstreams.catalogue import load_catalogue
 from tests.callbacks import judged, raw, verdict
@@ -442,16 +440,6 @@ async def test_the_callbacks_link_counts_if_the_query_has_none(
     task = await ended(impatient, server, COMPLETED.replace(b'"$LINK"', b""))
     await stored(impatient, task)
     assert await called(impatient, server, task) == "duplicate"
-
-
-async def test_ten_minutes_are_waited_with_growing_waits() -> None:
-    assert load_settings({}, None).no_results_after_s == 600
-    waited, waits = 0.0, []
-    while waited < 600:
-        waits.append(results_wait(waited))
-        waited += waits[-1]
-    assert waits[:7] == [2, 2, 4, 8, 16, 32, 60]
-    assert sorted(waits) == waits
 
 
 # --- results in the answer to the submission

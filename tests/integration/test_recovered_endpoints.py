@@ -1,7 +1,5 @@
 """A receiver is back after an outage: what waits for it is sent at once, and nothing twice."""
 
-import json
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
@@ -11,13 +9,10 @@ import httpx
 import pytest
 from starlette.responses import Response
 
-from service.events import endpoints as endpoint_store
 from service.events import replays as pipeline
 from service.queue import worker
 from tests.api import got, reached
-from tests.callbacks import raw
 from tests.outbox import emitted
-from tests.untidy import LENGTH, Scripted, Shape, response, scripted
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, World, subscriber, world
 
@@ -60,11 +55,8 @@ class Shop:
         self.endpoint = ""
         server.answer = self._answer
         self.down: Response | None = BROKEN["500"]
-        self.poison = ""  # an event that fails always
 
-    def _answer(self, _: int, request: Received) -> Response:
-        if request.headers["webhook-id"] == self.poison:
-            return BROKEN["500"]
+    def _answer(self, _: int, _request: Received) -> Response:
         return self.down or DONE
 
     async def emit(self, count: int = 1) -> list[str]:
@@ -150,32 +142,6 @@ async def test_a_corrected_address_gets_all_that_waits(shop: Shop) -> None:
         )
 
 
-async def test_more_than_are_brought_forward_at_once_all_come(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each delivery that succeeds brings further ones."""
-    monkeypatch.setattr(endpoint_store, "FORWARD", 3)
-    waiting = await shop.failed(40)
-    shop.down = None
-    shop.server.received.clear()
-    (new,) = await shop.emit()
-    await shop.delivered(41)
-    assert shop.accepted() == dict.fromkeys([*waiting, new], 1)
-
-
-async def test_an_event_that_always_fails_keeps_its_schedule(shop: Shop) -> None:
-    """Other events succeed before and after it. It is tried once more and then waits as planned."""
-    (shop.poison,) = await shop.failed(1)
-    shop.down = None
-    for count in range(1, 6):
-        await shop.emit()
-        await shop.delivered(count)
-    await shop.until(lambda found: any(len(each["attempts"]) > 1 for each in found))
-    (waiting,) = await shop.deliveries(state="pending")
-    assert len(waiting["attempts"]) == 2
-    assert waiting["next_attempt_at"] > waiting["attempts"][-1]["time"]
-
-
 async def test_a_server_that_fails_again_gets_the_rest_by_the_schedule(shop: Shop) -> None:
     """An attempt that was brought forward in vain moves no delivery towards its end."""
     await shop.failed(10)
@@ -192,52 +158,6 @@ async def test_a_server_that_fails_again_gets_the_rest_by_the_schedule(shop: Sho
 
 def times(found: list[JSON]) -> dict[str, datetime]:
     return {each["id"]: datetime.fromisoformat(each["next_attempt_at"]) for each in found}
-
-
-WIRE: dict[str, Shape] = {
-    "500": Shape(response(LENGTH, status="500 Oops"), tidy=True),
-    "a page": Shape(lambda _: b"HTTP/1.0 502 Bad\r\n\r\n<html>", ends=True),
-    "a redirect": Shape(response(LENGTH, "Location: /", status="301 Moved"), tidy=True),
-    "no answer": Shape(lambda _: b"", ends=True),
-    "no HTTP": Shape(lambda _: b"SSH-2.0-OpenSSH_9.6\r\n", ends=True),
-    "half a status line": Shape(lambda _: b"HTTP/1.1 2", ends=True),
-}
-BACK = Shape(lambda _: response("Content-Length: 9", status="204 No")(b"later"), ends=True)
-
-
-@pytest.mark.parametrize("kind", WIRE)
-async def test_what_waits_for_a_raw_socket_is_sent_at_once(here: World, kind: str) -> None:
-    """Ten events wait for hours. The receiver is back with an untidy 204: each comes once more. An
-    empty replay then finds nothing undelivered.
-    """
-    name = re.sub("[^a-z0-9]", "-", f"raw-{kind.lower()}")
-    place = ("receiver", name)
-    async with scripted(Scripted(b"")) as server, here.owner(name=name) as client:
-        server.shapes[place] = WIRE[kind]
-        body = {"url": f"{server.url}/hooks/{name}"}
-        endpoint = got(await client.post("/v1/endpoints", json=body), 201)["id"]
-        store = here.context.resources.store
-
-        async def states() -> Counter[str]:
-            found = got(await client.get("/v1/deliveries", params={"limit": "1000"}))["data"]
-            return Counter(each["state"] for each in found if each["attempts"])
-
-        async def failed() -> bool:
-            return (await states())["pending"] == 10
-
-        async def delivered() -> bool:
-            return (await states())["delivered"] == 11
-
-        await emitted(store, 10, owner=name)
-        await wait_until(failed)
-        server.shapes[place] = BACK
-        await emitted(store, 1, owner=name)
-        await wait_until(delivered)
-        assert server.asked.count(place) == 21
-        headers = f"authorization: {client.headers['authorization']}\r\ncontent-length: 2\r\n"
-        url = f"{here.url}/v1/endpoints/{endpoint}/replay"
-        status, _, answer = await raw(url, b"{}", headers=headers)
-        assert (status, json.loads(answer)["count"]) == (200, 0)
 
 
 # --- replays of what was not delivered ---

@@ -1,24 +1,17 @@
 """Replays over real sockets: counts, ids, progress, cancellation and access."""
 
 import json
-import re
 from collections.abc import AsyncIterator
-from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import select
 from starlette.responses import Response
 
-from service.db.tables import replays
-from service.events import replays as pipeline
-from service.upkeep.retention_sql import forget_replays
-from tests.api import TIME, got, reached, refused
+from tests.api import got, reached, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until
-from tests.world import Subscriber, World, world
+from tests.world import Subscriber, World
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_replays")]
 SETTINGS = {"delivery_schedule": (0.05,)}
@@ -133,39 +126,6 @@ async def test_the_dead_are_sent_again(
     assert await counted(client, endpoint, only="all") == 4
 
 
-async def test_all_are_sent_again_by_time_and_type(
-    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
-) -> None:
-    """`since` is inclusive and `until` is exclusive. `types` narrows the types of the endpoint."""
-    endpoint = await subscribed(client, shop, types=[FAILED, COMPLETED])
-    await made(here, owner, 2)
-    completed = await made(here, owner, 1, COMPLETED)
-    await made(here, owner, 1, "image.task.submitted")
-    await deliveries(client, 3, state="delivered")
-    times = {event["id"]: event["time"] for event in got(await client.get("/v1/events"))["data"]}
-    first, last = min(times.values()), max(times.values())
-    assert await counted(client, endpoint, only="all") == 3
-    assert await counted(client, endpoint, only="all", since=first) == 3
-    assert await counted(client, endpoint, only="all", until=first) == 0
-    beyond = (datetime.fromisoformat(last) + timedelta(milliseconds=1)).isoformat()
-    assert await counted(client, endpoint, only="all", until=beyond) == 3
-    assert await counted(client, endpoint, only="all", since=beyond) == 0
-    assert (
-        await counted(client, endpoint, only="all", since=beyond.replace("+00:00", "-05:00")) == 0
-    )
-    assert await counted(client, endpoint, only="all", types=["image.task.submitted"]) == 0
-    shop.received.clear()
-    replay = await replayed(
-        client, endpoint, only="all", types=[COMPLETED, "image.task.submitted"], since=first
-    )
-    shown = await reached(client, replay, state="done", delivered=1)
-    assert (shown["since"], shown["types"]) == (first, [COMPLETED, "image.task.submitted"])
-    assert ids(shop) == completed
-    assert {
-        delivery["endpoint"] for delivery in await deliveries(client, 2, event=completed[0])
-    } == {endpoint}
-
-
 async def test_what_no_replay_can_be_is_refused_by_name(
     client: httpx.AsyncClient, shop: Subscriber
 ) -> None:
@@ -194,44 +154,6 @@ async def test_what_no_replay_can_be_is_refused_by_name(
         "9999-12-31T23:59:59.999Z",
     )
     assert shop.received == []
-
-
-async def test_a_replay_has_a_bounded_rate_and_tells_how_far_it_is(
-    here: World,
-    client: httpx.AsyncClient,
-    owner: str,
-    shop: Subscriber,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A replay makes one page of deliveries every `EVERY_MS`. A second replay waits for
-    the first.
-    """
-    monkeypatch.setattr(pipeline, "PAGE", 2)
-    endpoint = await subscribed(client, shop)
-    events = await made(here, owner, 5)
-    await deliveries(client, 5, state="delivered")
-    monkeypatch.setattr(pipeline, "EVERY_MS", 600_000)
-    first = await replayed(client, endpoint, only="all")
-    shown = await reached(client, first, made=2, delivered=2)
-    assert (shown["state"], shown["count"], shown["finished_at"]) == ("running", 5, None)
-    assert sorted(ids(shop)[5:]) == sorted(events[:2])
-    second = await replayed(client, endpoint, only="all")
-
-    async def waits() -> bool:
-        find = select(replays.c.due_at).where(replays.c.id == second)
-        store = here.context.resources.store
-        due_at: int = await store.read(lambda connection: connection.execute(find).scalar_one())
-        return due_at > store.clock() + pipeline.EVERY_MS / 2
-
-    await wait_until(waits)
-    assert got(await client.get(f"/v1/replays/{second}"))["made"] == 0
-    assert (await client.delete(f"/v1/replays/{first}")).status_code == 204
-    assert (await reached(client, first, state="cancelled"))["made"] == 2
-    monkeypatch.setattr(pipeline, "EVERY_MS", 10)
-    third = await replayed(client, endpoint, only="all")
-    assert (await client.delete(f"/v1/replays/{second}")).status_code == 204
-    await reached(client, third, state="done", delivered=5)
-    assert sorted(ids(shop)[-5:]) == sorted(events)
 
 
 async def test_a_cancelled_replay_sends_nothing_more(
@@ -324,38 +246,6 @@ async def test_a_dead_delivery_that_was_retried_by_hand_is_not_replayed(
     assert ids(shop)[-1] == other["event"]
 
 
-@pytest.mark.parametrize("how", ["disable", "delete"])
-async def test_a_replay_ends_with_its_endpoint(
-    here: World,
-    client: httpx.AsyncClient,
-    owner: str,
-    shop: Subscriber,
-    how: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Disabling or deleting the endpoint cancels its running replay, and no more deliveries are
-    made.
-    """
-    monkeypatch.setattr(pipeline, "PAGE", 1)
-    monkeypatch.setattr(pipeline, "EVERY_MS", 400)
-    endpoint = await subscribed(client, shop)
-    path = f"/v1/endpoints/{endpoint}"
-    await made(here, owner, 200)
-    await deliveries(client, 100, state="delivered", endpoint=endpoint)
-    replay = await replayed(client, endpoint, only="all")
-    await reached(client, replay, state="running")
-    answer = await (
-        client.delete(path) if how == "delete" else client.patch(path, json={"status": "disabled"})
-    )
-    assert answer.is_success
-    shown = await reached(client, replay, state="cancelled")
-    assert re.fullmatch(TIME, shown["finished_at"])
-    assert shown["pending"] == 0
-    assert shown["made"] < 200
-    if how == "delete":
-        refused(await client.post(f"{path}/replay"), 404, "endpoint_not_found")
-
-
 async def test_nobody_elses_replays_and_endpoints_are_there(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
@@ -402,16 +292,3 @@ async def test_an_endpoint_for_all_owners_is_replayed_by_an_admin(
     }
     async with here.owner() as stranger:
         refused(await stranger.get(f"/v1/replays/{replay}"), 404, "replay_not_found")
-
-
-async def test_a_replay_that_ended_is_kept_like_its_deliveries(
-    tmp_path: Path, shop: Subscriber
-) -> None:
-    """After retention has removed the replay, a request for it gets 404."""
-    async with world(tmp_path) as there:
-        endpoint = await subscribed(there.client, shop)
-        replay = await replayed(there.client, endpoint)
-        await reached(there.client, replay, state="done")
-        store = there.context.resources.store
-        assert await store.write(forget_replays, store.clock()) == 1
-        refused(await there.client.get(f"/v1/replays/{replay}"), 404, "replay_not_found")

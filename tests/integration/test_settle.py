@@ -11,10 +11,8 @@ import pytest
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
-from service.app import stages
 from service.db import tables
-from service.db.transaction import Lease, Transaction
-from service.images.validator import ImageValidator
+from service.db.transaction import Transaction
 from service.queue import backoff, worker
 from service.tasks import confirm_worker, task_queries
 from service.tasks.confirm_worker import QueryPlan
@@ -311,20 +309,6 @@ async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(
     assert await types(told, task["id"]) == ["submitted", "cancelled"]
 
 
-async def test_contradictory_callbacks_change_nothing_that_is_settled(here: World) -> None:
-    """The upstream sends a second, contradicting callback. The settled outcome stays, and one
-    `callback.conflict` event is written.
-    """
-    task = await here.ended((await here.submit(sandbox={"contradict": True}))["id"])
-    assert task["state"] == "completed"
-
-    async def conflicts() -> list[Any]:
-        return await here.events(task=task["id"], type="callback.conflict")
-
-    assert len(await wait_until(conflicts)) == 1
-    assert (await here.task(task["id"])) == task
-
-
 async def test_each_question_that_nobody_called_for_is_one_line(
     told: World, upstream: Upstream
 ) -> None:
@@ -343,22 +327,6 @@ async def test_each_question_that_nobody_called_for_is_one_line(
         await told.ended(task["id"])
     words = [line["answer"] for line in lines if line["event"] == "reconcile.queried"]
     assert words == ["processing", "undocumented", "not_found", "502", "failed"]
-
-
-async def test_an_answer_under_a_lease_that_ended_changes_nothing(
-    told: World, upstream: Upstream
-) -> None:
-    """A worker that lost its lease records nothing, because another worker may hold the row."""
-    task = await told.submit()
-    upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    work = stages(
-        told.settings, told.context.resources, told.context.breaker, ImageValidator(1, 1, 1)
-    )
-    settle = next(stage for stage in work if stage.name == "settle")
-    with capture_logs() as lines:
-        await settle.run(Lease("settle", task["id"], 99, 1))
-    assert (await told.task(task["id"]))["state"] == "submitted"
-    assert "task.confirmed" not in [line["event"] for line in lines]
 
 
 async def test_a_task_without_an_upstream_id_is_not_asked_about(

@@ -133,31 +133,6 @@ async def test_a_process_that_stood_still_before_the_call_does_not_send(
         assert (found.submit_attempts, found.submit_outcomes, found.doubted_at) == (2, 2, None)
 
 
-async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> None:
-    """With two slots at the upstream only one may hold a submission. At the stop the second
-    submission, already leased, goes back to `queued`.
-    """
-    theirs, answered = Upstream(), asyncio.Event()
-    theirs.submits["first"] = [After(answered.wait, ACCEPTED)]
-    async with world(tmp_path, upstream=theirs.app, evolink_concurrency=2) as there:
-        first = await there.submit(prompt="first", headers={"prefer": "respond-async"})
-        await wait_until(lambda: len(theirs.received["first"]) == 1)
-        second = await there.submit(prompt="second", headers={"prefer": "respond-async"})
-        assert (await row(there, second["id"])).submit_lease_until is not None
-        there.context.stopping.quiesce()
-        answered.set()
-        assert (await in_state(there, first["id"], "submitted"))[
-            "upstream_id"
-        ] == "task-unified-own"
-
-        async def given_back() -> bool:
-            return (await row(there, second["id"])).submit_lease_until is None
-
-        await wait_until(given_back)
-        assert (await there.task(second["id"]))["state"] == "queued"
-        assert theirs.received["second"] == []
-
-
 # --- submission outcomes
 # ---------------------------------------------------------------------------------
 
