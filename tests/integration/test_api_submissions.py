@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, listed, order, refused, submitted
-from tests.upstream import Upstream, document, error
+from tests.upstream import Upstream
 from tests.waiting import wait_until
 from tests.world import TEXT_TO_IMAGE, World, world
 
@@ -287,22 +287,3 @@ async def test_the_upstream_gets_the_clients_fields_and_nothing_of_ours(tmp_path
             "k": 1,
         }
         assert task_two["request"]["model_params"] == {"task_id": task["id"], "k": 1}
-
-
-async def test_an_upstream_that_refuses_says_so_through_us(tmp_path: Path) -> None:
-    """The answer has the upstream's status, code, message, type and param. An answer that does not
-    prove a rejection is 200.
-    """
-    upstream = Upstream({"no": [error(400, "invalid_parameter")], "odd": [document("pending")]})
-    async with world(tmp_path, upstream=upstream.app, callback_url=None, uncertain="fail") as here:
-        answer = await here.client.post(SUBMIT, json=order(prompt="no"))
-        said = refused(
-            answer,
-            400,
-            "invalid_parameter",
-            param="size",
-            task_id=answer.json()["error"]["task_id"],
-        )
-        assert (said["message"], said["type"]) == ("said invalid_parameter", "some_error")
-        odd = await submitted(here.client, {}, prompt="odd")
-        assert odd["state"] in ("uncertain", "failed")

@@ -546,20 +546,3 @@ def test_a_secret_signs_until_its_overlap_ends() -> None:
     kept = json.dumps([["whsec_new", None], ["whsec_old", 1000]])
     assert valid_secrets(kept, 999) == ["whsec_new", "whsec_old"]
     assert valid_secrets(kept, 1000) == ["whsec_new"]
-
-
-async def test_a_reader_is_held_until_an_event_is_there(somebody: Owner) -> None:
-    """With `wait` the server answers as soon as an event is written. After the wait it returns an
-    empty page with the position reached.
-    """
-    start = (await somebody.get("/v1/events", wait="0.01"))["next_after"]
-    reading = asyncio.create_task(
-        somebody.get("/v1/events", after=start, wait="20", type="image.task.failed")
-    )
-    task = await somebody.submit()
-    page = await reading
-    assert [(event["type"], event["subject"]) for event in page["data"]] == [
-        ("image.task.failed", task["id"])
-    ]
-    assert page["next_after"] == page["data"][0]["sequence"]
-    assert (await somebody.get("/v1/events", after=page["next_after"]))["data"] == []

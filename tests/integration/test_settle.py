@@ -279,36 +279,6 @@ async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path
         assert upstream.asked[doubted["upstream_id"]] == 1
 
 
-async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(
-    told: World, upstream: Upstream
-) -> None:
-    """After a local cancel the service keeps no results of the upstream, but records its charge in
-    the task's usage.
-    """
-    task = await told.submit()
-    cancelled = (await told.client.post(f"/v1/tasks/{task['id']}/cancel")).json()
-    assert (cancelled["state"], cancelled["cancel"], cancelled["error"]["code"]) == (
-        "cancelled",
-        "local",
-        "request_cancelled",
-    )
-    result = f"{told.sandbox_url}/files/late.png"
-    upstream.queries[task["upstream_id"]] = [
-        document("completed", result, usage={"credits_used": 8.7})
-    ]
-    assert await call(told, task, "completed", results=[result]) == "accepted"
-
-    async def charged() -> bool:
-        used: object = (await told.task(task["id"]))["usage"]["credits_used"]
-        return used == 8.7
-
-    await wait_until(charged)
-    after = await told.task(task["id"])
-    assert (after["state"], after["images"], after["results"]) == ("cancelled", [], [])
-    assert upstream.asked["late.png"] == 0
-    assert await types(told, task["id"]) == ["submitted", "cancelled"]
-
-
 async def test_each_question_that_nobody_called_for_is_one_line(
     told: World, upstream: Upstream
 ) -> None:
