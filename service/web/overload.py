@@ -17,7 +17,7 @@ import structlog
 from service.errors import ApiError
 from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
-from service.web.key_shares import BodyShares, Share, Shares
+from service.web.key_shares import Share, Shares
 
 log = structlog.get_logger()
 
@@ -154,6 +154,8 @@ POLLS = SUBMISSIONS = 2500  # requests that wait for an event, and for a task
 STREAMS = 2000
 LONG_PAGES = 64  # on their way to a client, up to 4 MiB each
 MANUAL = 32  # attempts that clients ask for by hand
+BODIES, BODIES_OF_KEY = 500, 200  # that are not complete yet
+BODY_BYTES = 128 << 20  # of bodies in memory
 WAITING_OF_KEY = 1000  # submissions
 SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
 
@@ -163,7 +165,7 @@ class LoadShedder:
 
     def __init__(self, gate: PriorityGate, metrics: Metrics, key_waits: int = 100) -> None:
         self.gate, self.metrics = gate, metrics
-        self.bodies, self.log_sampler = BodyShares(), LogSampler()
+        self.log_sampler = LogSampler()
         self.requests = Shares("requests at work", MAX_ACTIVE)
         self.lookups = Shares("requests whose key is looked up", LOOKED_UP)
         self.polls = Shares("requests that wait for an event", POLLS, key_waits)
@@ -171,6 +173,8 @@ class LoadShedder:
         self.submissions = Shares("submissions that wait", SUBMISSIONS, WAITING_OF_KEY)
         self.pages = Shares("long answers on their way", LONG_PAGES)
         self.manual = Shares("attempts by hand under way", MANUAL)
+        self.bodies = Shares("bodies that are not complete", BODIES, BODIES_OF_KEY)
+        self.body_bytes = Shares("bytes of bodies", BODY_BYTES)
         self._refused = 0  # callbacks since the last line
         self._logging = False
 
@@ -209,6 +213,18 @@ class LoadShedder:
             yield
         finally:
             self.requests.count(holder, "", 1)
+
+    def body(self) -> Share:
+        """Around a request that may have a body: its bytes, from the first one until nothing of
+        them is in memory.
+        """
+        return Share(self.body_bytes, HOLDER.get())
+
+    @contextmanager
+    def arriving(self, key: str) -> Iterator[None]:
+        """Around the reading of a body. Raises ApiError 429 or 503 for too many of them."""
+        with self.idle(), self.bodies.take(HOLDER.get(), key):
+            yield
 
     def callback_refused(self) -> None:
         """Counts a callback that gets 503: a line for the first, then one per second."""

@@ -10,7 +10,7 @@ from service.net import transport
 from service.queue import limiter
 from service.tasks import inbox_worker
 from service.upstreams.lenient import USUAL_BYTES
-from service.web import auth, bodies, key_shares, overload, server, server_protocol
+from service.web import auth, bodies, overload, server, server_protocol
 from service.web.list_page import PIECE
 from service.web.routes import callback_route, task_routes, upstream_file_routes
 from tests.bench.program import markdown
@@ -29,7 +29,6 @@ def half(total: int) -> str:
 
 
 def arriving() -> dict[str, str]:
-    of_address, of_key = key_shares.BODIES_OF_ADDRESS, key_shares.BODIES_OF_KEY
     return {
         "connections": f"open files less {server.SPARE_DESCRIPTORS}. The kernel holds up to"
         f" {server.BACKLOG:,} (or `net.core.somaxconn`) that are not accepted yet. Idle ones end"
@@ -41,11 +40,10 @@ def arriving() -> dict[str, str]:
         "body of a callback": f"{size(inbox_worker.MAX_BODY)} and {callback_route.BODY_S:g} s",
         "body of a client's request": f"{size(bodies.MAX_BODY)} and {bodies.BODY_S:g} s."
         f" {size(task_routes.MAX_SUBMISSION)} with `data:` URLs,"
-        f" {size(upstream_file_routes.MAX_JSON)} with a file in base64. {key_shares.BODIES} that"
-        f" are not complete, {of_address} for one address, {of_key} for one key",
-        "bytes of all these bodies": f"{size(key_shares.BYTES)},"
-        f" {size(key_shares.BYTES_OF_ADDRESS)} for one address, and for one key as many as stay"
-        f" free, at most {size(key_shares.BYTES // 2)}",
+        f" {size(upstream_file_routes.MAX_JSON)} with a file in base64. Not complete:"
+        f" {half(overload.BODIES)}, or {overload.BODIES_OF_KEY} for one key",
+        "bytes of all these bodies": f"{size(overload.BODY_BYTES)}, and at most"
+        f" {size(overload.BODY_BYTES // 2)} for one owner",
         "callbacks that commit": f"{overload.MAX_COMMITTING}, and at most"
         f" {2 * overload.BEGIN_PER_TURN} more that began in the same turn",
         "delayed refusals of wrong tokens": f"{overload.MAX_DELAY_S:g} s each, at most"

@@ -192,7 +192,7 @@ async def test_an_upload_that_waits_for_a_decoder_holds_no_body(
     still: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file is on disk. So uploads of one owner leave the bytes to others' requests."""
-    bodies, waiting, release = still.context.shedder.bodies, list[object](), asyncio.Event()
+    shedder, waiting, release = still.context.shedder, list[object](), asyncio.Event()
     validate = ImageValidator.validate
 
     async def slow(self: ImageValidator, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +210,7 @@ async def test_an_upload_that_waits_for_a_decoder_holds_no_body(
             for text in (encoded, f"data:image/png;base64,{encoded}", f" {encoded}\n")
         ]
         await wait_until(lambda: len(waiting) == len(uploads))
-        assert (bodies.size, len(bodies)) == (0, 0)
+        assert (shedder.body_bytes.taken, shedder.bodies.taken) == (0, 0)
         release.set()
         for upload in uploads:
             assert got(await upload)["success"]
@@ -267,9 +267,8 @@ async def test_reads_of_one_owner_leave_a_reader_to_others(
 async def test_every_limit_is_shared(still: World) -> None:
     """No owner takes all of what lasts: half of an empty process is the most."""
     shares = [each for each in vars(still.context.shedder).values() if isinstance(each, Shares)]
-    assert len(shares) == 7
+    assert len(shares) == 9
     for each in shares:
         fresh = Shares(each.what, each.total)
-        while fresh.left("owner"):
-            fresh.take("owner")
-        assert fresh.taken <= (each.total + 1) // 2
+        assert fresh.left("owner", count=each.total // 2)
+        assert not fresh.left("owner", count=(each.total + 1) // 2 + 1)

@@ -117,7 +117,7 @@ def guarded_page(endpoint: Handler) -> Handler:
     async def guarded(request: Request) -> Response:
         try:
             shedder = context_of(request).shedder
-            with shedder.request(), shedder.bodies.request() as request.state.body:
+            with shedder.request(), shedder.body() as request.state.body:
                 response = await endpoint(request)
         except ERRORS as error:
             response = await error_page(request, error)

@@ -93,7 +93,7 @@ def guarded(spec: Spec) -> Handler:
             return await checked(request)
         with shedder.lookup():
             await authorise(request)
-        with shedder.request(), shedder.bodies.request() as request.state.body:
+        with shedder.request(), shedder.body() as request.state.body:
             return await checked(request)
 
     async def authorise(request: Request) -> None:

@@ -74,7 +74,7 @@ async def submit(request: Request) -> Response:
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
     task_id, new = await accepted(request, key)
-    context.shedder.bodies.forget(request.state.body)
+    request.state.body.release()
     bind_contextvars(task_id=task_id)
     waits = context.shedder.submissions
     if wait_s != 0 and not waits.left(caller.owner, caller.key):

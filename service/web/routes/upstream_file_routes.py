@@ -43,7 +43,7 @@ async def base64(request: Request) -> Response:
         async def chunks() -> AsyncIterator[bytes]:
             yield content.pop()
             # The file is on disk. Nothing of the body is in memory while it waits for a decoder.
-            context_of(request).shedder.bodies.forget(request.state.body)
+            request.state.body.release()
 
         owner, keep = caller_of(request).owner, context_of(request).files.keep
         return await keep(owner, lambda: name, chunks(), COMMON, param="base64_data")
