@@ -1,6 +1,7 @@
 """The wiring: settings become resources, resources an application, the application a server."""
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -25,13 +26,11 @@ from service.images.input_files import InputFiles
 from service.images.input_sources import InputResolver
 from service.images.validator import ImageValidator, open_validator
 from service.jobs import process_jobs
-from service.ops import garbage
 from service.ops.metrics import Metrics
 from service.queue.stage import Stage
 from service.queue.stopping import Stopping
 from service.queue.worker import WorkerPool
-from service.recent_look import RecentLook
-from service.resources import Resources
+from service.resources import RecentLook, Resources
 from service.settings import Settings, masked
 from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
@@ -59,6 +58,9 @@ from service.web.sessions import Sessions
 log = structlog.get_logger()
 
 REPLAYS = 4  # concurrent pages
+# A young collection for each so many new containers, and a full one after 10 × 10 young ones.
+# Python's 700 would look through the objects of the requests under way many times a second.
+GARBAGE = 20_000, 10, 10
 JUDGE_FIRST_S = 5.0  # a start judges waiting callbacks so long before it does anything else
 
 
@@ -253,7 +255,9 @@ async def serve(
             context.files.validator.warm()
         if ready is not None:
             await ready(context)
-        garbage.settle()
+        gc.collect()
+        gc.freeze()  # what lives now lives as long as the process, and is never looked at again
+        gc.set_threshold(*GARBAGE)
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")

@@ -9,8 +9,7 @@ from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.input_files import InputFiles
 from service.queue.stopping import Stopping
-from service.recent_look import RecentLook
-from service.resources import Resources
+from service.resources import RecentLook, Resources
 from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker

@@ -302,22 +302,9 @@ def test_an_id_that_no_query_can_use_is_unreadable(id: object) -> None:
 
 
 UNREADABLE = [
-    *(
-        b"",
-        b" ",
-        b"null",
-        b"[]",
-        b'"x"',
-        b"7",
-        b"{",
-        b"{}",
-        b'{"status": null}',
-        b'{"status": 7}',
-        b'{"id": "x"}',
-        b"\xff\xfe{",
-        PAGE,
-    ),
-    *(b'{"status": "failed", "status": "completed"}', b'{"status": "completed"'),
+    *(b"", b" ", b"null", b"[]", b'"x"', b"7", b"{", b"{}", b'{"status": null}', b'{"status": 7}'),
+    *(b'{"id": "x"}', b"\xff\xfe{", PAGE, b'{"status": "failed", "status": "completed"}'),
+    *(b'{"status": "completed"',),
     '{"status": "completed"}'.encode("utf-16"),
     *(b'{"x": ' * 100_000, b"[" * 100_000, b"[" * 50_000 + b"]" * 50_000),
     b'{"x": ' + b"[" * 50_000 + b"]" * 49_999 + b', "status": "completed"}',
