@@ -32,21 +32,6 @@ def test_a_task_that_is_not_final_shows_only_progress() -> None:
     }
 
 
-def test_a_completed_task_may_have_fewer_images_than_requested() -> None:
-    """It is charged for the images that were made. A completed task may have none."""
-    ledger = Ledger(SandboxOptions(credits=Decimal(10)), lambda: 5.5)
-    task = ledger.create(ORDER, {"images": 0}, "http://sandbox", "lot", None, "")
-    assert ledger.credits == 7
-    ledger.end(task)
-    shown = document(task)
-    assert (shown["status"], shown["results"], shown["usage"]["credits_used"]) == (
-        "completed",
-        [],
-        0,
-    )
-    assert ledger.credits == 10
-
-
 def test_a_price_per_request_is_paid_once_however_many_images_it_makes() -> None:
     """Fewer images than asked for cost the same, and none cost nothing."""
     order = replace(ORDER, n=4, per="request")
