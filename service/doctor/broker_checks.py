@@ -4,13 +4,12 @@ import asyncio
 from typing import Any
 
 from service.backends import open_sinks
-from service.doctor.patient import Finding, Patient, fault, ok, told, warning
+from service.doctor.patient import PROBE_S, Finding, Patient, fault, ok, told, warning
 from service.errors import ConfigurationError
 from service.events.broker_addresses import SinkAddress
 from service.events.broker_worker import sinks_behind
 
 LATE_MS = 60_000
-PROBE_S = 10.0
 
 
 async def check_brokers(patient: Patient) -> dict[str, Finding]:

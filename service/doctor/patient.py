@@ -31,6 +31,7 @@ MIGRATE = "run `darkroom migrate`, or start the version that fits"
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre"}
 NETWORK |= {"fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "fuse.rclone", "fuse.gcsfuse"}
 MOUNTS = Path("/proc/self/mountinfo")
+PROBE_S = 10.0  # of one call
 State = Literal["ok", "warning", "fault", "skipped"]
 
 

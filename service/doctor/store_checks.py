@@ -13,6 +13,7 @@ from service.db.tables import deliveries, endpoints
 from service.doctor.patient import (
     MIGRATE,
     NETWORK,
+    PROBE_S,
     Finding,
     Patient,
     fault,
@@ -27,7 +28,6 @@ from service.ids import blob_name, make_id
 from service.images.downloads import host_refused
 from service.upkeep import store_figures
 
-PROBE_S = 10.0
 ENDPOINTS = 20  # named in a finding
 
 

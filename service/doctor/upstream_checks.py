@@ -5,7 +5,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 
 from service.db.clock import wall_clock
-from service.doctor.patient import Finding, Patient, fault, ok, skipped, warning
+from service.doctor.patient import PROBE_S, Finding, Patient, fault, ok, skipped, warning
 from service.errors import EgressError
 from service.ids import make_id
 from service.net.responses import Response
@@ -15,7 +15,6 @@ from service.upstreams.lenient import document_of, section_of
 
 KEY, ADDRESS = "DARKROOM_EVOLINK_API_KEY", "DARKROOM_EVOLINK_BASE_URL"
 CALLBACKS = "DARKROOM_CALLBACK_URL"
-PROBE_S = 10.0
 SKEW_S = 30.0  # beyond it, receivers refuse signed deliveries and times of callbacks mislead
 
 

@@ -207,27 +207,6 @@ async def test_nothing_connects_to_this_machine_from_outside(host: str, scheme: 
         assert server.connections == 0
 
 
-@pytest.mark.parametrize(
-    "addresses",
-    [
-        ["127.0.0.1", "10.0.0.1"],
-        ["10.0.0.1", "127.0.0.1"],
-        ["127.0.0.1", "::ffff:127.0.0.1"],
-        ["127.0.0.1", "1.1.1.1"],
-    ],
-)
-async def test_one_forbidden_address_refuses_the_whole_name(addresses: list[str]) -> None:
-    """The client does not connect to a name that has an allowed and a forbidden address."""
-    resolve, _ = names(addresses)
-    async with (
-        serving() as server,
-        Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve) as egress,
-    ):
-        with pytest.raises(EgressRefused):
-            await egress.request("GET", f"http://a.test:{server.port}/", timeout=5)
-        assert server.connections == 0
-
-
 async def test_a_name_that_changes_after_the_check_is_judged_again() -> None:
     """The client makes no connection to a name that was public at the check and is loopback at the
     time of the connection.

@@ -13,14 +13,13 @@ from typing import Literal
 
 import pytest
 
-from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
+from service.errors import CallTimedOut, ConnectionLost, NotConnected
 from service.net.egress_client import Egress, Rules
 from service.upstreams.base import (
     Accepted,
     Found,
     NoAnswer,
     NotCreated,
-    NotFound,
     Refused,
     Report,
     Status,
@@ -181,17 +180,6 @@ async def test_a_query_asks_for_one_path_segment() -> None:
     ]
 
 
-async def test_an_unknown_task_is_not_found() -> None:
-    """A 404 with the upstream's own error code means that the task is unknown."""
-    calls: list[UpstreamCall] = []
-    async with (
-        wired(answer(404, b'{"error": {"code": "task_not_found"}}')) as wire,
-        evolink(wire.url, calls) as upstream,
-    ):
-        assert await upstream.query("task-unified-1") == NotFound()
-    assert [call.outcome for call in calls] == ["not_found"]
-
-
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
@@ -253,19 +241,6 @@ async def test_a_failed_handshake_created_nothing() -> None:
     assert wire.requests == []
 
 
-async def test_the_guards_refusal_created_nothing() -> None:
-    """The adapter does not connect to an address outside the networks."""
-    async with (
-        wired(answer(200, SUBMITTED)) as wire,
-        evolink(wire.url, rules=Rules("upstream")) as upstream,
-    ):
-        assert await upstream.submit(ODD, "task_abc") == NotCreated("refused by the guard")
-        assert await upstream.query("task-unified-1") == NoAnswer("refused by the guard")
-        with pytest.raises(EgressRefused):
-            await upstream.passthrough("GET", "/v1/credits")
-    assert wire.requests == []
-
-
 @pytest.mark.parametrize(
     "script",
     [Script(b""), Script(HALF), Script(HALF_CHUNKED), Script(HALF, "reset"), Script(NO_HTTP)],
@@ -301,20 +276,6 @@ async def test_no_answer_in_time_leaves_a_submission_uncertain(script: Script) -
     assert submitted == Uncertain("timed out")
     assert queried == NoAnswer("timed out")
     assert isinstance(passed, CallTimedOut)
-
-
-async def test_a_redirect_is_not_followed() -> None:
-    """The upstream key goes to no other host, and a redirected submission proves nothing."""
-    async with (
-        wired(answer(200, SUBMITTED)) as other,
-        wired(answer(307, b"", f"location: {other.url}/v1/images/generations")) as wire,
-        evolink(wire.url) as upstream,
-    ):
-        assert await upstream.submit(ODD, "task_abc") == Uncertain(
-            "307 without an error of its own"
-        )
-        assert await upstream.query("task-unified-1") == NoAnswer("307")
-    assert other.requests == []
 
 
 async def test_an_endless_answer_is_cut_and_proves_nothing() -> None:
@@ -366,22 +327,3 @@ async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
         (400, "refused"),
         (502, "uncertain"),
     ]
-
-
-async def test_a_callback_is_read_like_an_answer(nobody: str) -> None:
-    """A callback's body has the form of a query's answer. Reading it sends nothing."""
-    async with evolink(nobody) as upstream:
-        assert upstream.read_callback(SUBMITTED) == ACCEPTED.report
-        assert upstream.read_callback(b"<html>") is None
-
-
-async def test_calls_share_one_client() -> None:
-    """Many concurrent calls get one answer each, over one client."""
-    async with wired(answer(200, SUBMITTED)) as wire, evolink(wire.url) as upstream:
-        outcomes = await asyncio.gather(
-            *(upstream.submit(ODD, f"task_{number}") for number in range(32))
-        )
-    assert outcomes == [ACCEPTED] * 32
-    assert {headers["idempotency-key"] for _, headers, _ in wire.requests} == {
-        f"task_{number}" for number in range(32)
-    }

@@ -140,7 +140,7 @@ class Sandbox:
             if limit := image_complaint(rule, file):
                 raise invalid("image_urls", f"image_urls: {limit}")
         if inputs and (last := inputs[-1]) is not None and not body.get("size"):
-            order = shaped_like(order, *last.size)
+            order = shaped_like(order, last.width, last.height)
         delay = self.options.delay_s
         if (first := self.ledger.replayed(key, digest)) is not None:
             headers = {"idempotency-replayed": "true"}

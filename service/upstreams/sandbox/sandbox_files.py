@@ -58,25 +58,18 @@ Content = bytes  # inside SandboxFile, `bytes` is a figure
 
 @dataclass(frozen=True, slots=True)
 class SandboxFile:
-    """`uploaded` and `expires` are Unix seconds. `size` is width and height."""
+    """`uploaded` and `expires` are Unix seconds. `width` and `height` are pixels."""
 
     id: str
     name: str
     folder: str
     content: Content
     media_type: str
-    size: tuple[int, int]
+    width: int
+    height: int
     alpha: bool
     uploaded: float
     expires: float
-
-    @property
-    def width(self) -> int:
-        return self.size[0]
-
-    @property
-    def height(self) -> int:
-        return self.size[1]
 
     @property
     def bytes(self) -> int:
@@ -176,7 +169,7 @@ class SandboxFiles:
             (media_type, size, alpha), now = measured(answer.body), self.clock()
         except (EgressError, FileRefused) as error:
             raise invalid(param, f"{param}: {url[:200]} cannot be fetched: {error}") from None
-        return SandboxFile("", "", "", answer.body, media_type, size, alpha, now, now)
+        return SandboxFile("", "", "", answer.body, media_type, *size, alpha, now, now)
 
     async def _upload(
         self, request: Request, read: Callable[[Request], Awaitable[UploadRequest]]
@@ -234,7 +227,7 @@ class SandboxFiles:
             len(self.stored) >= MAX_FILES
         ):
             raise FileRefused(403, NO_QUOTA, f"the account has {MAX_FILES} files already")
-        file = SandboxFile(file_id, name, key[0], content, media_type, size, alpha, now, expires)
+        file = SandboxFile(file_id, name, key[0], content, media_type, *size, alpha, now, expires)
         self.stored[key] = file
         return file
 
