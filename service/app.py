@@ -45,10 +45,9 @@ from service.tasks.transitions import dead_letter_task
 from service.upkeep.heartbeats import workers_missing
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
-from service.web.auth import Access
+from service.web.auth import Access, KeyLimits
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
-from service.web.key_limits import KeyLimits
 from service.web.middleware import Requests
 from service.web.overload import LoadShedder, PriorityGate
 from service.web.routes.table import operators_routes, site_routes

@@ -15,8 +15,7 @@ from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.inbox_worker import InboxWorker
 from service.tasks.pause import PauseWatch
-from service.web.auth import Access
-from service.web.key_limits import KeyLimits
+from service.web.auth import Access, KeyLimits
 from service.web.overload import LoadShedder, PriorityGate
 
 

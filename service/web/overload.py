@@ -149,7 +149,6 @@ class PriorityGate:
 # Of the process. An owner has a fair share of each: at most half of what the others leave. A key's
 # share of polls and streams is a setting.
 MAX_ACTIVE = 1000  # requests at work
-LOOKED_UP = 5000  # requests whose key is looked up, which an address has a share of
 POLLS = SUBMISSIONS = 2500  # requests that wait for an event, and for a task
 STREAMS = 2000
 LONG_PAGES = 64  # on their way to a client, up to 4 MiB each
@@ -167,7 +166,6 @@ class LoadShedder:
         self.gate, self.metrics = gate, metrics
         self.log_sampler = LogSampler()
         self.requests = Shares("requests at work", MAX_ACTIVE)
-        self.lookups = Shares("requests whose key is looked up", LOOKED_UP)
         self.polls = Shares("requests that wait for an event", POLLS, key_waits)
         self.streams = Shares("streams", STREAMS, key_waits)
         self.submissions = Shares("submissions that wait", SUBMISSIONS, WAITING_OF_KEY)
@@ -186,18 +184,11 @@ class LoadShedder:
     def waiting(self) -> int:
         return self.polls.taken + self.submissions.taken
 
-    def lookup(self) -> Share:
-        """Around the look-up of a client's key. Raises ApiError 503."""
-        return self._admitted(self.lookups)
-
     def request(self) -> Share:
         """Around a client's request, for the holder that it has then. Raises ApiError 503."""
-        return self._admitted(self.requests)
-
-    def _admitted(self, shares: Shares) -> Share:
         holder, burst = HOLDER.get(), self.gate.callbacks + self.gate.queued_callbacks
-        if burst < SHED_AT and shares.left(holder):
-            return shares.take(holder)
+        if burst < SHED_AT and self.requests.left(holder):
+            return self.requests.take(holder)
         self.metrics.requests_shed.inc()
         if (withheld := self.log_sampler.take(time.monotonic())) is not None:
             figures = {"busy": self.active, "waiting": self.waiting, "withheld": withheld}

@@ -46,10 +46,7 @@ def arriving() -> dict[str, str]:
         f" {size(overload.BODY_BYTES // 2)} for one owner",
         "callbacks that commit": f"{overload.MAX_COMMITTING}, and at most"
         f" {2 * overload.BEGIN_PER_TURN} more that began in the same turn",
-        "delayed refusals of wrong tokens": f"{overload.MAX_DELAY_S:g} s each, at most"
-        f" {callback_route.MAX_DELAYED_BODIES} of them with a long body",
-        "requests whose key is looked up": f"{overload.LOOKED_UP:,}, and at most"
-        f" {overload.LOOKED_UP // 2:,} for one address",
+        "delayed refusals of wrong tokens": f"{overload.MAX_DELAY_S:g} s each, without a long body",
         "clients' requests": half(overload.MAX_ACTIVE),
     }
 
@@ -67,7 +64,7 @@ def waiting() -> dict[str, str]:
         "an image on its way": size(CHUNK),
         "writes that wait for a commit": "running callbacks + running clients' requests + places of"
         " the workers",
-        "reads that wait for a connection": "the same + requests whose key is looked up",
+        "reads that wait for a connection": "the same + one for each connection, for its key",
         "readers of the store": f"{sqlite.READERS} threads on SQLite, and at most"
         f" {sqlite.READERS - 1} for one owner",
         "listeners for a task or an event": "waiting clients' requests + streams",

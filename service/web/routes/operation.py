@@ -88,11 +88,9 @@ def guarded(spec: Spec) -> Handler:
 
     async def endpoint(request: Request) -> Response:
         shedder = context_of(request).shedder
+        await authorise(request)
         if spec.path in OPERATORS:
-            await authorise(request)
             return await checked(request)
-        with shedder.lookup():
-            await authorise(request)
         with shedder.request(), shedder.body() as request.state.body:
             return await checked(request)
 
