@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import deque
@@ -41,16 +40,16 @@ class Child:
 
     def __init__(self, max_bytes: int, max_pixels: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._socket, its = socket.socketpair()
-        with its:
-            try:
-                self.process = start(its.fileno(), max_bytes, max_pixels)
-            except OSError as error:  # no descriptors, processes or memory left
-                self._socket.close()
-                reason = f"no process to validate it: {error.strerror}"
-                raise BlobUnavailable(reason) from error
-        self._socket.setblocking(False)
-        self._loop.add_reader(self._socket, self._read)
+        try:
+            self.process = start(max_bytes, max_pixels)
+        except OSError as error:  # no descriptors, processes or memory left
+            reason = f"no process to validate it: {error.strerror}"
+            raise BlobUnavailable(reason) from error
+        assert self.process.stdin
+        assert self.process.stdout
+        self._requests, self._answers = self.process.stdin, self.process.stdout
+        os.set_blocking(self._answers.fileno(), False)
+        self._loop.add_reader(self._answers, self._read)
         self._received = b""
         self._calls: deque[asyncio.Future[JSON | None]] = deque()
         self._clock: asyncio.TimerHandle | None = None  # for the first call
@@ -68,7 +67,7 @@ class Child:
         if len(self) == 1:
             self._time()
         with suppress(OSError):  # it has ended, and `_read` finds out
-            self._socket.send(json.dumps(request).encode() + b"\n")
+            self._requests.write(json.dumps(request).encode() + b"\n")
         try:
             return await call
         except asyncio.CancelledError:
@@ -84,12 +83,12 @@ class Child:
 
     def end(self, reason: str = "its decoder broke down") -> None:
         """Kills the process. `reason`: what is wrong with the file in hand."""
-        if self._socket.fileno() < 0:
+        if self._answers.closed:
             return
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
-        self.process.kill()
-        final = self.process.wait() == -signal.SIGXCPU
+        self._loop.remove_reader(self._answers)
+        with self.process:  # closes the pipes and waits
+            self.process.kill()
+        final = self.process.returncode == -signal.SIGXCPU
         if final:
             reason = "it takes too much processor time to decode"
         self._answer({"sha256": "", "bytes": 0, "invalid": {"reason": reason, "final": final}})
@@ -98,7 +97,7 @@ class Child:
 
     def _read(self) -> None:
         try:
-            received = self._socket.recv(1 << 16)
+            received = os.read(self._answers.fileno(), 1 << 16)
             *lines, self._received = (self._received + received).split(b"\n")
             for line in lines:
                 self._answer(json.loads(line))
@@ -177,7 +176,7 @@ async def open_validator(
             child.end()
 
 
-def start(its: int, max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
+def start(max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
     """Starts a child in its own session: a terminal's Ctrl-C is for the parent, which finishes its
     work first. OSError.
     """
@@ -188,9 +187,10 @@ def start(its: int, max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]
     return subprocess.Popen(  # noqa: S603 - the service's own program
         command,
         env=env,
-        stdin=its,
-        stdout=its,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         close_fds=True,
+        bufsize=0,
     )
