@@ -108,6 +108,12 @@ class BatchingStore(ABC):
         take turns (`fair_places`).
         """
 
+    async def look_up(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        """Like `read`, for a query that finds few rows by their keys."""
+        return await self.read(query, *args, **kwargs)
+
     def attach(self, workers: Workers) -> None:
         """From now on transactions lease rows to these workers."""
         self.workers = workers
@@ -184,11 +190,11 @@ class BatchingStore(ABC):
         if workers:
             workers.take([lease for tx in batch.committed for lease in tx.leased], batch.slots)
         for tx in batch.committed:
-            self.signals.notify(tx.touched, tx.touched)
-            self.signals.notify(["events"] if tx.emitted else [])
             if workers:
                 with suppress(Exception):  # the commit stands, and the next batch must not wait
                     workers.committed(tx)
+            self.signals.notify(tx.touched, tx.touched)
+            self.signals.notify(["events"] if tx.emitted else [])
 
     def _slots(self, workers: Workers) -> dict[str, int]:
         """The free slots for a batch: its share, if other committers have work at the same time."""

@@ -31,6 +31,14 @@ def run(connection: Connection, statement: Any, given: Given = NOTHING) -> Seque
     return plan.read(_call(driver.execute, plan.sql, plan.bound(given)))
 
 
+def run_mappings(
+    connection: Connection, statement: Any, given: Given = NOTHING
+) -> list[dict[str, Any]]:
+    """Runs a statement. Returns its rows, each with its values by name."""
+    names = statement.exported_columns.keys()
+    return [dict(zip(names, row, strict=True)) for row in run(connection, statement, given)]
+
+
 def run_many(connection: Connection, statement: Any, rows: Sequence[Given]) -> None:
     """Runs a statement for each of the rows, which bind the same names."""
     if (driver := _driver(connection)) is None:

@@ -42,7 +42,7 @@ class SharedReads(Generic[Row]):
                 asked, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
                 rows: Mapping[str, Row] = {}
                 with suppress(Exception):
-                    rows = await self._store.read(self._query, [key for key, _ in asked])
+                    rows = await self._store.look_up(self._query, [key for key, _ in asked])
                 for key, row in asked:
                     if not row.done():
                         row.set_result(rows.get(key))

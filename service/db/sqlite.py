@@ -3,9 +3,9 @@
 WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and
 checkpoints, because SQLite before 3.51.3 can corrupt a WAL with two writers. Readers are read-only.
 
-Statements of a batch run in the thread of the event loop. A thread of their own would wait for the
-interpreter's lock after each statement. The commit runs there too while the disk is quick. A thread
-waits for a slow disk.
+Statements of a batch run in the thread of the event loop, and so do reads by keys. A thread of its
+own would wait for the interpreter's lock after each statement. The commit runs there too while the
+disk is quick. A thread waits for a slow disk.
 """
 
 import asyncio
@@ -53,7 +53,8 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
         # SQLite compares the text of names as it stands.
         json_serializer=partial(json.dumps, ensure_ascii=False),
         hide_parameters=True,  # errors are logged, and parameters hold prompts and tokens
-        **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
+        # One connection more than there are threads, for `look_up`.
+        **({"pool_size": READERS + 1, "max_overflow": 0} if readonly else {}),
     )
 
     @event.listens_for(engine, "connect")
@@ -161,19 +162,27 @@ class SqliteStore(BatchingStore):
     async def read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        def run() -> Result:
-            try:
-                with self._reading.begin() as connection:
-                    connection.info["give_way"] = self.give_way
-                    return query(connection, *args, **kwargs)
-            except DatabaseError as error:
-                self._note_damage(error)
-                raise StoreUnavailable(
-                    f"the store cannot be read: {type(error.orig).__name__}"
-                ) from error
-
+        run = partial(self._read, query, *args, **kwargs)
         async with self._places.place():
             return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    async def look_up(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        return self._read(query, *args, **kwargs)
+
+    def _read(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        try:
+            with self._reading.begin() as connection:
+                connection.info["give_way"] = self.give_way
+                return query(connection, *args, **kwargs)
+        except DatabaseError as error:
+            self._note_damage(error)
+            raise StoreUnavailable(
+                f"the store cannot be read: {type(error.orig).__name__}"
+            ) from error
 
     def prepare(self, *, migrate: bool) -> None:
         """Migrates the schema and ends the leases of the process that had the store before."""

@@ -8,6 +8,7 @@ from sqlalchemy import Connection, and_, bindparam, case, func, over, select, up
 
 from service.db.list_indexes import REFUSED, UNFINISHED
 from service.db.paging import Row, Selection, matching, page
+from service.db.prepared import run, run_many, run_mappings
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction, changing, inserting, one_by_one
 from service.events import delivery_order, failures, outbox
@@ -44,9 +45,9 @@ _EVENTS = select(events).where(events.c.id.in_(bindparam("ids", expanding=True))
 
 def deliveries_to_send(connection: Connection, ids: Sequence[str]) -> dict[str, DeliveryToSend]:
     """The deliveries by id."""
-    rows = connection.execute(_DELIVERIES_TO_SEND, {"ids": ids}).mappings().all()
+    rows = run_mappings(connection, _DELIVERIES_TO_SEND, {"ids": list(ids)})
     wanted = {"ids": list({row["event_id"] for row in rows})}
-    found = {row["id"]: row for row in connection.execute(_EVENTS, wanted).mappings()}
+    found = {row["id"]: row for row in run_mappings(connection, _EVENTS, wanted)}
     return {row["id"]: _to_send(connection, row, found.get(row["event_id"])) for row in rows}
 
 
@@ -134,13 +135,15 @@ _LOCKING = (
 )
 
 
-def _lock_deliveries(connection: Connection, items: Sequence[DeliveryOutcome]) -> list[Row]:
+def _lock_deliveries(
+    connection: Connection, items: Sequence[DeliveryOutcome]
+) -> list[dict[str, Any]]:
     """The deliveries, locked, with those of the attempts that are there already: an operation runs
     again if the answer to its commit was lost. The endpoint's `failing_since` is not locked.
     """
     tried = [item.attempt.id for item in items if item.attempt]
     keys = [item.lease.key for item in items]
-    return list(connection.execute(_LOCKING, {"tried": tried, "keys": keys}).mappings())
+    return run_mappings(connection, _LOCKING, {"tried": tried, "keys": keys})
 
 
 def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]]) -> None:
@@ -154,7 +157,7 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
         for row, attempt in made
     ]
     if rows:
-        tx.connection.execute(inserting(attempts), rows)
+        run_many(tx.connection, inserting(attempts), rows)
 
 
 def _is_plain(row: Row, item: DeliveryOutcome, calm: Collection[str]) -> bool:
@@ -189,8 +192,7 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
     if item.attempt is not None:
         values["slot_at"] = None  # a retry takes a time of its own
     values |= failures.after(tx, row, result, *seen(item.attempt))
-    changed = changing(deliveries, frozenset(values))
-    tx.connection.execute(changed, {"row_id": row["id"], **values})
+    run(tx.connection, changing(deliveries, frozenset(values)), {"row_id": row["id"], **values})
     if finished:
         delivery_order.release_next(tx, row)
     attempt = item.attempt

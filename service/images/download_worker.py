@@ -75,7 +75,7 @@ class DownloadWorker:
     async def run(self, lease: Lease) -> None:
         row, origin = lease.row if isinstance(lease.row, tuple) else (None, NO_ORIGIN)
         if row is None:
-            row, origin = await self.resources.store.read(image_and_origin, lease.key)
+            row, origin = await self.resources.store.look_up(image_and_origin, lease.key)
         if row is None or row.state != "pending":
             await self.resources.store.write(leases.done, lease)
             return
@@ -145,7 +145,7 @@ class DownloadWorker:
         asked for its answer again, so that the store need not hold images.
         """
         resources = self.resources
-        task = await resources.store.read(task_queries.task_row, row.task_id, None)
+        task = await resources.store.look_up(task_queries.task_row, row.task_id, None)
         if task is None or task.upstream_id is None:
             return Retry("the task has no id at the upstream")
         async with resources.limiter.slot("confirm"):

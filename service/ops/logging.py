@@ -2,6 +2,7 @@
 for people.
 """
 
+import json
 import logging
 import re
 import sys
@@ -93,7 +94,9 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _add_version,
     ]
-    form: list[Any] = [structlog.processors.JSONRenderer()]
+    # One encoder for all lines: to make one takes longer than to use it.
+    encode = json.JSONEncoder(default=repr).encode
+    form: list[Any] = [lambda _, __, line: encode(line)]
     if format == "console":
         form = [_escape, ConsoleLine(stream)]
     finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask, *form]

@@ -91,8 +91,8 @@ class WorkerPool:
                 self._jobs[lease] = self._start(lease)
 
     def committed(self, tx: Transaction) -> None:
-        """Tells of the transaction after its callers have run on: their log lines, about its cause,
-        come before the lines of its effects.
+        """Tells of the transaction after its callers have run on, and before waiting requests do:
+        the log lines of its cause come first, and those of responses last.
         """
         loop = asyncio.get_running_loop()
         loop.call_soon(self._tell, tx)

@@ -83,7 +83,7 @@ class TaskIntake:
             body = {name: value for name, value in body.items() if name != "callback_url"}
         digest = await off_loop(large, lambda: hashlib.sha256(canonical_json(body)).hexdigest())
         if idempotency_key is not None:
-            earlier = await store.read(task_queries.task_by_key, owner, idempotency_key)
+            earlier = await store.look_up(task_queries.task_by_key, owner, idempotency_key)
             if earlier is not None:
                 return _replayed(*earlier, digest), None
         await self._check(owner, body)
@@ -170,7 +170,7 @@ class TaskIntake:
         if not isinstance(task_id, str):
             return upstream_body
         sees = None if admin else owner
-        row = await self.resources.store.read(task_queries.task_row, task_id, sees)
+        row = await self.resources.store.look_up(task_queries.task_row, task_id, sees)
         if row is None and admin and not task_id.startswith(PREFIXES["task"]):
             return upstream_body  # a task that was not submitted here
         param = "model_params.task_id"

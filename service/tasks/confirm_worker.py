@@ -125,7 +125,7 @@ class ConfirmWorker:
         row: TaskRow | None = lease.row
         body: bytes | None = b""
         if not self.confirm or row is None or row.called_back_at is None:
-            row, body = await self.resources.store.read(task_queries.settling, lease.key)
+            row, body = await self.resources.store.look_up(task_queries.settling, lease.key)
         if row is not None:
             tracing.work_for(row.origin, owner=row.owner)
         return row, body
@@ -151,7 +151,7 @@ class ConfirmWorker:
         if not isinstance(answer, Found) or callback is None:
             return answer
         if not callback and answer.report.final and not answer.report.names_cost:
-            callback = await self.resources.store.read(task_queries.first_callback, row.id)
+            callback = await self.resources.store.look_up(task_queries.first_callback, row.id)
             called = upstream.read_callback(callback) if callback else None
         if called is None:
             return answer

@@ -10,11 +10,13 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import structlog
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, bindparam, delete, select
 from structlog.contextvars import bind_contextvars
 
+from service.db.prepared import run_mappings
 from service.db.tables import inbox
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
@@ -63,6 +65,11 @@ def waiting_tasks(connection: Connection, held: Collection[str]) -> list[str]:
     return list(connection.execute(oldest.order_by(inbox.c.sequence).limit(ROWS)).scalars())
 
 
+_TAKING = (
+    delete(inbox).where(inbox.c.task_id.in_(bindparam("tasks", expanding=True))).returning(*inbox.c)
+)
+
+
 def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judged]]:
     """Judges the rows of these tasks and deletes them.
 
@@ -71,24 +78,20 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
     """
     asked = {item.task_id: item for item in items}
     tasks = lock(tx, asked)
-    taken = delete(inbox).where(inbox.c.task_id.in_(asked)).returning(*inbox.c)
+    taken = run_mappings(tx.connection, _TAKING, {"tasks": list(asked)})
     # An insert whose commit was in doubt ran again: the row is there twice.
-    rows = {row.id: row for row in sorted(tx.connection.execute(taken))}
+    rows = {row["id"]: row for row in sorted(taken, key=itemgetter("sequence"))}
     callbacks = []
     for row in rows.values():
-        upstream = asked[row.task_id].upstreams[row.upstream]
-        waited_ms = max(0, tx.now - row.received_at)
-        report = upstream.read_callback(row.body) if row.size <= MAX_BODY else None
+        body, item = row["body"], asked[row["task_id"]]
+        upstream, waited_ms = item.upstreams[row["upstream"]], max(0, tx.now - row["received_at"])
+        report = upstream.read_callback(body) if row["size"] <= MAX_BODY else None
+        same = ("id", "upstream", "task_id", "digest", "received_at", "size")
         callback = Callback(
-            id=row.id,
-            upstream=row.upstream,
-            task_id=row.task_id,
+            **{name: row[name] for name in same},
             report=report,
-            digest=row.digest,
-            body=row.body if report else row.body[:UNREADABLE_BYTES],
-            result_ttl_ms=asked[row.task_id].result_ttl_ms - waited_ms,
-            received_at=row.received_at,
-            size=row.size,
+            body=body if report else body[:UNREADABLE_BYTES],
+            result_ttl_ms=item.result_ttl_ms - waited_ms,
             waited_ms=waited_ms,
         )
         callbacks.append(callback)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import bindparam, delete
 
 from service.credits import credits_number
 from service.db.tables import images
@@ -35,10 +35,14 @@ def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int)
             _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
 
 
+_OF_TASK = select_images(images.c.task_id == bindparam("task_id"))
+_LOCKING = _OF_TASK.with_for_update()
+
+
 def task_images(tx: Transaction, task_id: str) -> list[ImageRow]:
     """The images of the task, as this transaction has left them."""
     tx.write()
-    return image_rows(tx.connection, select_images(images.c.task_id == task_id))
+    return image_rows(tx.connection, _OF_TASK, {"task_id": task_id})
 
 
 def named_so_far(tx: Transaction, task_id: str) -> list[str]:
@@ -61,8 +65,8 @@ def expect(
     that a callback named for the same result. Without that, its result is lost.
     """
     last_ms = (task.submitted_at or task.created_at) + LIVES * ttl_ms
-    statement = select_images(images.c.task_id == task.id).with_for_update()
-    rows = {row.position: row for row in image_rows(tx.connection, statement)}
+    locked = image_rows(tx.connection, _LOCKING, {"task_id": task.id})
+    rows = {row.position: row for row in locked}
     kept: list[ImageRow] = []
     for position, url in enumerate(urls):
         row = rows.pop(position, None)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, select
+from sqlalchemy import Connection, Select, and_, bindparam, select
 
 from service.db.prepared import run
 from service.db.tables import images as image_table
@@ -150,14 +150,21 @@ def task_rows(
     return [TaskRow(*row) for row in rows]
 
 
-def image_rows(connection: Connection, statement: Select[Any]) -> list[ImageRow]:
-    return [ImageRow(*row) for row in connection.execute(statement)]
+def image_rows(
+    connection: Connection, statement: Select[Any], given: Mapping[str, Any] | None = None
+) -> list[ImageRow]:
+    rows = connection.execute(statement) if given is None else run(connection, statement, given)
+    return [ImageRow(*row) for row in rows]
+
+
+_SHOWN = select_images(
+    image_table.c.task_id.in_(bindparam("ids", expanding=True)), counts
+).order_by(image_table.c.position)
 
 
 def stored_images(connection: Connection, task_ids: Iterable[str]) -> dict[str, list[ImageRow]]:
     """The images that tasks show, by task, in the upstream's order."""
-    statement = select_images(image_table.c.task_id.in_(list(task_ids)), counts)
     images: dict[str, list[ImageRow]] = {}
-    for image in image_rows(connection, statement.order_by(image_table.c.position)):
+    for image in image_rows(connection, _SHOWN, {"ids": list(task_ids)}):
         images.setdefault(image.task_id, []).append(image)
     return images

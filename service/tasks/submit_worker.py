@@ -70,7 +70,7 @@ class SubmitWorker:
     async def run(self, lease: Lease) -> None:
         row: TaskRow | None = lease.row
         if row is None:
-            row = await self.resources.store.read(task_queries.task_row, lease.key, None)
+            row = await self.resources.store.look_up(task_queries.task_row, lease.key, None)
         if row is not None:
             tracing.work_for(row.origin, owner=row.owner)
         if row is None or row.state not in UNPROVED:

@@ -23,6 +23,7 @@ from sqlalchemy import (
 
 from service.db.list_indexes import ENDED_BADLY, HAS_ERROR, task_metadata
 from service.db.paging import Selection, matching, page
+from service.db.prepared import run
 from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.ids import PREFIXES, rfc3339, sequence_text
 from service.strict_json import JSON, storable
@@ -159,14 +160,16 @@ EARLIER = union_all(
 )
 
 
+_BY_KEY = select(tasks.c.id, tasks.c.idempotency_hash).where(
+    tasks.c.owner == bindparam("owner"), tasks.c.idempotency_key == bindparam("key")
+)
+
+
 def task_by_key(
     connection: Connection, owner: str, idempotency_key: str
 ) -> tuple[str, str | None] | None:
-    statement = select(tasks.c.id, tasks.c.idempotency_hash).where(
-        tasks.c.owner == owner, tasks.c.idempotency_key == idempotency_key
-    )
-    row = connection.execute(statement).first()
-    return None if row is None else (row.id, row.idempotency_hash)
+    rows = run(connection, _BY_KEY, {"owner": owner, "key": idempotency_key})
+    return (rows[0][0], rows[0][1]) if rows else None
 
 
 def may_be_anothers(
@@ -189,11 +192,15 @@ def settling(connection: Connection, task_id: str) -> tuple[TaskRow | None, byte
     return task_row(connection, task_id, None), first_callback(connection, task_id)
 
 
+_FIRST = select(callbacks.c.body).where(
+    callbacks.c.task_id == bindparam("task_id"), callbacks.c.first.is_(True)
+)
+
+
 def first_callback(connection: Connection, task_id: str) -> bytes | None:
     """The body of the first terminal callback of a task."""
-    first = (callbacks.c.task_id == task_id, callbacks.c.first.is_(True))
-    body: bytes | None = connection.scalar(select(callbacks.c.body).where(*first))
-    return body
+    rows = run(connection, _FIRST, {"task_id": task_id})
+    return rows[0][0] if rows else None
 
 
 def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -> list[JSON]:

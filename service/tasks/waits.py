@@ -44,7 +44,7 @@ async def wait_for(
             task, changed.record = _committed(changed.record), None
             changed.clear()
             if task is None:
-                task = await resources.store.read(task_queries.task, task_id, None)
+                task = await resources.store.look_up(task_queries.task, task_id, None)
             if task is None:
                 raise ApiError(404, "task_not_found", "the task was deleted meanwhile")
             left = deadline - clock()

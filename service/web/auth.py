@@ -90,7 +90,7 @@ class Access:
             return Caller("admin", frozenset(SCOPES), "DARKROOM_ADMIN_KEY")
         if (cached := self._cache.get(hash)) and cached[0] > time.monotonic():
             return cached[1]
-        row = await self._store.read(owner_keys.key_row, hash)
+        row = await self._store.look_up(owner_keys.key_row, hash)
         if row is None:
             return None
         caller = Caller(row["owner"], frozenset(row["scopes"]), row["id"])

@@ -129,7 +129,7 @@ def inline(entry: object) -> bool:
 
 async def find_task(request: Request) -> Found | None:
     store, task_id = resources_of(request).store, request.path_params["task_id"]
-    found = await store.read(task_queries.task, task_id, caller_of(request).sees)
+    found = await store.look_up(task_queries.task, task_id, caller_of(request).sees)
     if found is not None:
         bind_contextvars(task_id=found[0].id)
     return found
