@@ -19,8 +19,8 @@ from sqlalchemy import (
     Select,
     and_,
     func,
-    or_,
     select,
+    tuple_,
     update,
 )
 
@@ -36,10 +36,7 @@ columns = deliveries.c
 
 def _in_front(row: Row) -> Select[tuple[str, int | None]]:
     """The pending deliveries before this one, the first of them first."""
-    earlier = or_(
-        columns.sequence < row["sequence"],
-        and_(columns.sequence == row["sequence"], columns.id < row["id"]),
-    )
+    earlier = tuple_(columns.sequence, columns.id) < tuple_(row["sequence"], row["id"])
     return _pending(row["endpoint_id"], row["order_key"], earlier)
 
 

@@ -145,37 +145,25 @@ def _deliveries(
     for endpoint, owner in targets:
         delivery_id = tx.id("delivery")
         options = None if endpoint is None else endpoint["options"]
-        row = {
+        named: JSON = {
             "id": delivery_id,
             "owner": owner,
             "endpoint_id": endpoint and endpoint["id"],
-            "event_id": event.id,
             "task_id": event.task_id,
             "state": "pending",
-            "created_at": tx.now,
-            "order_key": endpoint_options.order_key(options, event.task_id, event.data),
         }
-        # The worker reads the row itself if it has to know of other deliveries.
-        new = (
-            None
-            if endpoint_options.paced(options)
-            else endpoint
-            and DeliveryToSend(
-                id=delivery_id,
-                owner=owner,
-                endpoint_id=endpoint["id"],
-                task_id=event.task_id,
-                state="pending",
-                url=endpoint["url"],
-                secret=endpoint["secret"],
+        new = None  # the worker reads the row itself if it has to know of other deliveries
+        if endpoint is not None and not endpoint_options.paced(options):
+            new = DeliveryToSend(
+                **named,
+                **{name: endpoint[name] for name in ("url", "secret", "paused_until", "headers")},
                 endpoint_status=endpoint["status"],
-                paused_until=endpoint["paused_until"],
                 event=event_row,
                 origin=origin_of(tx, event.task_id),
-                headers=endpoint["headers"],
             )
-        )
-        rows.append(row | leases.enqueue(tx, "deliver", delivery_id, new, owner=owner))
+        named["event_id"], named["created_at"] = event.id, tx.now
+        named["order_key"] = endpoint_options.order_key(options, event.task_id, event.data)
+        rows.append(named | leases.enqueue(tx, "deliver", delivery_id, new, owner=owner))
     event.deliveries = len(rows)
     return rows
 

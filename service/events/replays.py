@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, func, insert, select, tuple_, update
 
 from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
@@ -58,10 +58,8 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayPag
     if row is None:
         return ReplayPage((), None, None)
     mine = and_(replays.c.endpoint_id == row["endpoint_id"], running)
-    created = replays.c.created_at
-    before = or_(
-        created < row["created_at"], and_(created == row["created_at"], replays.c.id < replay_id)
-    )
+    position = tuple_(replays.c.created_at, replays.c.id)
+    before = position < tuple_(row["created_at"], replay_id)
     earlier = select(replays.c.id).where(mine, before).limit(1)
     if connection.execute(earlier).first() is not None:
         return ReplayPage((), None, EVERY_MS)

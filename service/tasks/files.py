@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Select, delete, select, update
 
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
-from service.db.paging import Owned, Selection, page
+from service.db.paging import Owned, Selection, matching, page
 from service.db.transaction import Transaction, one_by_one
 from service.ids import rfc3339
 from service.strict_json import JSON
@@ -94,10 +94,7 @@ def stored_file(
     connection: Connection, file_id: str, owner: str | None, now: int
 ) -> FileRow | None:
     """A file that is stored and has not expired. `owner` None: any owner's."""
-    c = file_table.c
-    statement = select_files(now).where(c.id == file_id)
-    if owner is not None:
-        statement = statement.where(c.owner == owner)
+    statement = matching(select_files(now), file_table, id=file_id, owner=owner)
     return next(iter(file_rows(connection, statement)), None)
 
 
@@ -129,9 +126,8 @@ class ErasedFile:
 def erase_files(tx: Transaction, item: Owned) -> ErasedFile | None:
     """Erases a file with everything that came from its owner. None: there is no such file."""
     c = file_table.c
-    statement = select(c.blob).where(c.id == item.id, c.blob.is_not(None))
-    if item.owner is not None:
-        statement = statement.where(c.owner == item.owner)
+    stored = select(c.blob).where(c.blob.is_not(None))
+    statement = matching(stored, file_table, id=item.id, owner=item.owner)
     blob = tx.connection.execute(statement.with_for_update()).scalar()
     if blob is None:
         return None

@@ -244,10 +244,8 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
     attempted = select(
         *(attempts.c[name] for name in names), deliveries.c.endpoint_id, deliveries.c.event_id
     ).join(deliveries, deliveries.c.id == attempts.c.delivery_id)
-    attempted = attempted.where(deliveries.c.task_id == task_id)
-    if delivery_owner is not None:
-        attempted = attempted.where(deliveries.c.owner == delivery_owner)
-    add("delivery.attempted", attempted.order_by(attempts.c.time.desc()).limit(ATTEMPTS))
+    tried = matching(attempted, deliveries, task_id=task_id, owner=delivery_owner)
+    add("delivery.attempted", tried.order_by(attempts.c.time.desc()).limit(ATTEMPTS))
     lines.sort(key=lambda line: line["time"])
     return [
         {name: FORMATS[name](value) if name in FORMATS else value for name, value in line.items()}
