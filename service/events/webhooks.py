@@ -23,10 +23,6 @@ PROBLEM_CHARS = 500
 EVENT_TYPE, TASK_TYPE = "application/cloudevents+json", "application/json"
 
 
-def _lower(headers: str) -> dict[str, str]:
-    return {name.lower(): value for name, value in json.loads(headers).items()}
-
-
 @dataclass(frozen=True, slots=True)
 class WebhookSender:
     """Sends signed requests. An error before the request is a failed attempt, not an exception."""
@@ -104,8 +100,9 @@ class WebhookSender:
         signatures = sign_webhook(secrets, id, time_s, body)
         if endpoint_id is not None:
             signatures += " " + keyring.sign_openly(endpoint_id, id, time_s, body)
+        static = json.loads(keyring.decrypt(delivery.headers)) if delivery.headers else {}
         headers = {
-            **(_lower(keyring.decrypt(delivery.headers)) if delivery.headers else {}),
+            **{name.lower(): value for name, value in static.items()},
             "content-type": TASK_TYPE if endpoint_id is None else EVENT_TYPE,
             "webhook-id": id,
             "webhook-timestamp": str(time_s),

@@ -18,7 +18,7 @@ from service.queue.backoff import scheduled_wait
 from service.queue.checkpoints import checkpoint
 from service.queue.stage import log_failure
 from service.resources import Resources
-from service.tasks.pause import release_held
+from service.tasks.pause import AT_ONCE, release_held
 from service.tasks.state import State
 from service.tasks.transitions import change, hold, lock_leased
 from service.upstreams.base import Upstream, throttled
@@ -28,7 +28,6 @@ log = structlog.get_logger()
 
 CREDITS = "/v1/credits"
 PATIENCE_S = 10.0  # how long a trial request waits for a slot
-AT_ONCE = 500  # tasks that become due in one transaction
 
 
 class AccountBreaker:

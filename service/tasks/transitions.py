@@ -129,9 +129,7 @@ def submitted(
     unsettled = not row.terminal or row.settled_digest is None  # its credits are still unknown
     if first_query_ms is not None and row.settle_due_at is None and unsettled:
         values["settle_due_at"] = tx.now + first_query_ms
-    if (
-        row.state is State.QUEUED
-    ):  # the upstream refused the call, and created the task all the same
+    if row.state is State.QUEUED:  # the upstream refused the call, and made the task all the same
         move(tx, row, State.SUBMITTING)
     if row.state in (State.SUBMITTING, State.UNCERTAIN):
         status = None if report.final else report.status

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import structlog
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, Row, delete, select
 
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
@@ -50,13 +51,6 @@ class InputProblem:
     throttled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class InputSource:
-    blob: str
-    media_type: str
-    bytes: int
-
-
 async def input_links(resources: Resources, row: TaskRow) -> Mapping[str, str] | InputProblem:
     """The upstream's links of the task's input images, by id."""
     store, links = resources.store, dict[str, str]()
@@ -78,7 +72,7 @@ async def input_links(resources: Resources, row: TaskRow) -> Mapping[str, str] |
 
 
 async def _copied(
-    resources: Resources, row: TaskRow, id: str, source: InputSource
+    resources: Resources, row: TaskRow, id: str, source: Row[Any]
 ) -> str | InputProblem:
     content = resources.blobs.read(source.blob)
     # An upload under the name of another file would overwrite it.
@@ -134,8 +128,8 @@ def with_input_links(body: bytes, links: Mapping[str, str]) -> bytes:
 # --- the store
 
 
-def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[str, InputSource]:
-    """The stored files and results with these ids."""
+def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[str, Row[Any]]:
+    """The `blob`, `media_type` and `bytes` of the stored files and results with these ids."""
     c, i = file_table.c, images.c
     kept = select(c.id, c.blob, c.media_type, c.bytes)
     kept = kept.where(c.blob.is_not(None), c.expires_at > now)
@@ -145,7 +139,7 @@ def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[
         *connection.execute(kept.where(c.id.in_(ids))),
         *connection.execute(results.where(i.id.in_(ids))),
     ]
-    return {row.id: InputSource(row.blob, row.media_type, row.bytes) for row in found}
+    return {row.id: row for row in found}
 
 
 @one_by_one
