@@ -69,7 +69,8 @@ class ServiceClient:
             content = json.dumps(body).encode()
             fields["content-type"] = "application/json"
         if file is not None:
-            head, tail = form_edges(file, boundary := os.urandom(16).hex())
+            name, boundary = Path(file.name).name, os.urandom(16).hex()
+            head, tail = form_edges(boundary, name, "application/octet-stream")
             length = len(head) + os.fstat(file.fileno()).st_size + len(tail)
             fields["content-type"] = f"multipart/form-data; boundary={boundary}"
             fields["content-length"] = str(length)
@@ -117,8 +118,13 @@ def _trust(file: str | None, folder: str | None) -> "ssl.SSLContext":
     return ssl.create_default_context(cafile=certifi.where())
 
 
-def form_edges(file: BinaryIO, boundary: str) -> tuple[bytes, bytes]:
-    """What a form has before and after its file. The name is written as in WHATWG HTML, 4.10.22."""
-    name = Path(file.name).name.replace("\n", "%0A").replace("\r", "%0D").replace('"', "%22")
-    head = f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
-    return head.encode("utf-8", "replace"), f"\r\n--{boundary}--\r\n".encode()
+def form_edges(boundary: str, filename: str, media_type: str, **fields: str) -> tuple[bytes, bytes]:
+    """A form with these fields and a file, before and after the content of the file. The file's
+    name is written as in WHATWG HTML, 4.10.22.
+    """
+    name = filename.replace("\n", "%0A").replace("\r", "%0D").replace('"', "%22")
+    parts = [f'name="{field}"\r\n\r\n{value}\r\n' for field, value in fields.items()]
+    parts.append(f'name="file"; filename="{name}"\r\ncontent-type: {media_type}\r\n\r\n')
+    head = f"--{boundary}\r\ncontent-disposition: form-data; "
+    before = "".join(head + part for part in parts)
+    return before.encode("utf-8", "replace"), f"\r\n--{boundary}--\r\n".encode()

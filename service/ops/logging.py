@@ -69,17 +69,14 @@ def printable(text: str) -> str:
 
 
 class Unbreakable:
-    """A stream that counts its failures: a full disk or a closed pipe must not fail a task."""
+    """A stream without failures: a full disk or a closed pipe must not fail a task."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.lost = 0
 
     def write(self, text: str) -> None:
-        try:
+        with suppress(OSError, ValueError):
             self._stream.write(text)
-        except (OSError, ValueError):
-            self.lost += 1
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):

@@ -10,6 +10,7 @@ from secrets import token_hex
 from service.errors import EgressError
 from service.net.egress_client import Egress
 from service.net.responses import Response, retry_after
+from service.net.service_client import form_edges
 from service.net.transport import Content
 from service.upstreams.base import UpstreamCall
 from service.upstreams.lenient import USUAL_BYTES, document_of, readable, section_of, text_of
@@ -66,7 +67,8 @@ class FileApi:
         that name. `size` is the length of the content.
         """
         boundary = token_hex(16)
-        before, after = around(boundary, name, media_type)
+        fields = {"uploadPath": FOLDER, "fileName": name}
+        before, after = form_edges(boundary, name, media_type, **fields)
         headers = {
             "content-type": f"multipart/form-data; boundary={boundary}",
             "content-length": str(len(before) + size + len(after)),
@@ -107,17 +109,6 @@ class FileApi:
             word = "no_answer" if answer is None else "answered"
             self._on_call(UpstreamCall(kind, status, word, time.perf_counter() - started))
         return answer.failure or readable(answer, USUAL_BYTES)
-
-
-def around(boundary: str, name: str, media_type: str) -> tuple[bytes, bytes]:
-    """The form of an upload before and after the file. `name` has no quotes."""
-    parts = [
-        f'name="uploadPath"\r\n\r\n{FOLDER}\r\n',
-        f'name="fileName"\r\n\r\n{name}\r\n',
-        f'name="file"; filename="{name}"\r\ncontent-type: {media_type}\r\n\r\n',
-    ]
-    head = f"--{boundary}\r\ncontent-disposition: form-data; "
-    return "".join(head + part for part in parts).encode(), f"\r\n--{boundary}--\r\n".encode()
 
 
 def classify_upload(
