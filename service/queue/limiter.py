@@ -217,14 +217,18 @@ class EndpointLimiter:
         """
         if seconds > PATIENCE_S:
             return False  # an endpoint at its full limit may take twice the estimate
-        line, _ = self._loads[endpoint].line(first=first)
+        load = self._loads[endpoint]
+        line, _ = load.line(first=first)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line.waiting.append(place)
         try:
             await asyncio.wait([place], timeout=2 * PATIENCE_S)
-        finally:
-            late = place.cancel()
-        return not late
+        except asyncio.CancelledError:
+            if not place.cancel():  # the slot was given in the same turn of the loop
+                line.busy -= 1
+                self._admit(load)
+            raise
+        return not place.cancel()
 
     def record(self, endpoint: str, seconds: float, *, first: bool, healthy: bool | None) -> bool:
         """Frees the slot of an attempt that took so many seconds. `healthy` is None if the attempt

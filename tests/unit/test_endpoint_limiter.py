@@ -158,6 +158,27 @@ async def test_a_delivery_waits_a_moment_for_a_slot(
     assert endpoint.enter() is not None
 
 
+@pytest.mark.parametrize("first", ["given", "cancelled"])
+async def test_a_delivery_that_is_cancelled_as_it_gets_a_slot_frees_it(
+    endpoint: Subscriber, first: str
+) -> None:
+    """A slot is freed and the waiting delivery is cancelled in one turn of the event loop, in
+    either order. The next delivery gets the slot.
+    """
+    endpoint.fill()
+    one, two = await endpoint.waiting(), await endpoint.waiting()
+    if first == "cancelled":
+        one.cancel()
+    endpoint.leave(well=None)
+    one.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await one
+    assert await two
+    assert endpoint.enter() is not None
+    endpoint.leave(well=None)
+    assert endpoint.enter() is None
+
+
 async def test_a_delivery_does_not_wait_for_a_slow_subscriber(
     endpoint: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
