@@ -130,7 +130,8 @@ def test_caddy_passes_the_public_paths_alone(tmp_path: Path) -> None:
     assert adapted.count('"status_code":404') == 2
 
 
-PASSED = {"/callbacks/evolink/task_x/t", "/.well-known/endpoints/ep_x/jwks.json", "/images/img_x"}
+CALLBACK = "/callbacks/evolink/task_x/t"
+PASSED = {CALLBACK, "/.well-known/endpoints/ep_x/jwks.json", "/images/img_x"}
 API = {"/v1/tasks", "/console/"}
 INSIDE = {"/metrics", "/readyz", "/metrics/", "/readyz/", "/%6detrics", "/%72eadyz"}
 PROXIES: dict[str, tuple[tuple[str, ...], dict[str, str], set[str]]] = {
@@ -140,7 +141,18 @@ PROXIES: dict[str, tuple[tuple[str, ...], dict[str, str], set[str]]] = {
         PASSED,
     ),
     "haproxy-service.cfg": (("haproxy", "-db", "-f"), {}, PASSED | API),
+    "README.md": (("caddy", "run", "--adapter", "caddyfile", "--config"), {}, {CALLBACK}),
 }
+
+
+def readme_example(folder: Path) -> Path:
+    """The README's file for Caddy, with this test's addresses."""
+    block = re.compile(r"^```text\n(hooks\.example \{\n.+?)^```", re.MULTILINE | re.DOTALL)
+    (text,) = block.findall((ROOT / "README.md").read_text())
+    text = text.replace("hooks.example", "{$PROXY_SITE}")
+    file = folder / "Caddyfile"
+    file.write_text(text.replace("127.0.0.1:8080", "{$PROXY_BACKEND}"))
+    return file
 
 
 def listens(port: int) -> bool:
@@ -178,7 +190,8 @@ async def test_receivers_reach_the_public_keys_through_a_proxy(tmp_path: Path, k
     with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as backend:
         threading.Thread(target=backend.serve_forever, daemon=True).start()
         given["PROXY_BACKEND"] = f"127.0.0.1:{backend.server_port}"
-        command = (program(name), *words, str(DEPLOY / kind.partition(" ")[0]))
+        own = readme_example(tmp_path) if kind == "README.md" else DEPLOY / kind.partition(" ")[0]
+        command = (program(name), *words, str(own))
         with started(*command, folder=tmp_path, **given):
             await wait_until(lambda: listens(port))
             async with httpx.AsyncClient(base_url=url, verify=False, trust_env=False) as client:
