@@ -23,7 +23,24 @@ SERIOUS = ("serious", "critical")
 HEIGHT = 800
 PATIENCE_MS = 30_000
 expect.set_options(timeout=PATIENCE_MS)
-VIOLATIONS = "async () => (await axe.run({ resultTypes: ['violations'] })).violations"
+VIOLATIONS = "async rules => (await axe.run({ ...rules, resultTypes: ['violations'] })).violations"
+LEAST = 24  # px, the least width and height of a target (WCAG 2.2, 2.5.8)
+TARGETS = """() => {
+  const within = (link) => {  // a sentence
+    if (getComputedStyle(link).display !== "inline") return false;
+    let block = link.parentElement;
+    while (getComputedStyle(block).display === "inline") block = block.parentElement;
+    return block.textContent.trim() !== link.textContent.trim();
+  };
+  const targets = "a[href], button, input:not([type=hidden]), select, textarea, summary";
+  return [...document.querySelectorAll(targets)]
+    .filter((each) => each.checkVisibility() && !within(each) && !each.closest(".hidden, .skip"))
+    .map((each) => {
+      const area = /checkbox|radio/.test(each.type) ? each.labels[0] : each;
+      const { width, height } = area.getBoundingClientRect();
+      return [each.outerHTML.slice(0, 200), width, height];
+    });
+}"""
 
 
 WIDTHS = WIDE, NARROW = 1280, 360
@@ -95,16 +112,21 @@ def foreign(own: str, url: str) -> bool:
 
 
 async def complaints(page: Page) -> list[str]:
-    """What axe-core finds serious on the page in each colour scheme, and whether the page is wider
-    than its window.
+    """What axe-core finds serious on the page, its contrast in each colour scheme, targets that are
+    too small, and whether the page is wider than its window.
     """
     if not AXE.exists():
         missing("axe-core")
     await page.evaluate(AXE.read_text("utf-8"))
-    found = []
+    found = [
+        f"{width:.1f} by {height:.1f} px are too small for a target: {html}"
+        for html, width, height in await page.evaluate(TARGETS)
+        if min(width, height) < LEAST
+    ]
     for scheme in SCHEMES:
         await page.emulate_media(color_scheme=scheme)
-        violations = await page.evaluate(VIOLATIONS)
+        rules = {} if scheme == "light" else {"runOnly": ["color-contrast"]}
+        violations = await page.evaluate(VIOLATIONS, rules)
         found += [
             f"{scheme}: {each['id']}: {node['html'][:200]} {node['failureSummary']}"
             for each in violations
