@@ -18,6 +18,7 @@ from service.db.transaction import Transaction
 from service.events.endpoint_options import order_keys
 from service.events.endpoints import EndpointRow, lock_endpoint
 from service.events.failures import supersede
+from service.events.feed import type_conditions
 from service.strict_json import JSON
 
 MOST = 100_000  # deliveries of one replay
@@ -28,7 +29,8 @@ columns = deliveries.c
 @dataclass(frozen=True, slots=True)
 class DeliveryFilter:
     """`state` None: deliveries that failed and have not arrived since, whether they are dead or are
-    retried. `error`: their cause. `status`: of the last response. Times are milliseconds.
+    retried. `error`: their cause. `status`: of the last response. `type`: an endpoint's pattern.
+    Times are milliseconds.
     """
 
     owner: str | None
@@ -55,7 +57,7 @@ def conditions(wanted: DeliveryFilter) -> list[ColumnElement[bool]]:
     if wanted.state in (None, "dead"):
         found.append(columns.cause.is_not(None))
     if wanted.type is not None:
-        named = and_(events.c.id == columns.event_id, events.c.type == wanted.type)
+        named = and_(events.c.id == columns.event_id, type_conditions([wanted.type]))
         found.append(exists().where(named))
     return found
 

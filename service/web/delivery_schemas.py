@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BeforeValidator, Field
 
-from service.web.event_schemas import EVENT_TYPES, Patterns
+from service.web.event_schemas import Pattern, Patterns
 from service.web.field_schemas import Body, OptionalBody, Shape, Text, list_of, whole
 
 DeliveryState = Literal["pending", "delivered", "dead"]
@@ -23,7 +23,7 @@ class DeliveryChoice(Body):
     status: Annotated[int, Field(ge=100, le=599), BeforeValidator(whole)] | None = Field(
         None, description="of the last response"
     )
-    type: Literal[tuple(EVENT_TYPES)] | None = None  # type: ignore[valid-type]
+    type: Pattern | None = None
     since: AwareDatetime | None = Field(None, description="created at or after")
     until: AwareDatetime | None = Field(None, description="created before")
 
