@@ -8,7 +8,6 @@ from typing import Any
 import httptools
 from starlette.responses import JSONResponse
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -18,7 +17,7 @@ from service.web.overload import PriorityGate
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
 # The size of one read. Later bytes are parsed once the requests in it are answered.
-SLICE = 4096  # bytes
+SLICE, MAX_BEHIND = 4096, 512 * 1024  # bytes
 HEAD_S = 10.0
 # At a stop, the time for the first request of a connection, and for a further one in transit.
 FIRST_S, NEXT_S = 1.0, 0.05
@@ -51,18 +50,6 @@ class RequestParser(httptools.HttpRequestParser):
                 return
 
 
-class PipelineFlow(FlowControl):
-    """Reads nothing while requests of the connection wait. A client may send thousands at once."""
-
-    def __init__(self, protocol: "BoundedProtocol") -> None:
-        super().__init__(protocol.transport)
-        self._protocol = protocol
-
-    def resume_reading(self) -> None:
-        if not self._protocol.pipelined:
-            super().resume_reading()
-
-
 class BoundedProtocol(HttpToolsProtocol):
     """Limits a request's head in bytes (400) and in seconds (the connection ends).
 
@@ -88,7 +75,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
-        self.flow = PipelineFlow(self)
         transport.set_write_buffer_limits(high=0)  # `pause_writing` at the first byte that waits
         self._start_idle_timer()
 
@@ -100,10 +86,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._answered is not None and not self._answered.response_complete:
             self._answered.disconnected = True
             self._answered.message_event.set()
-
-    @property
-    def pipelined(self) -> bool:
-        return bool(self.pipeline or self._behind)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
@@ -123,6 +105,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._queued += data
         elif self._behind:
             self._behind += data
+            if len(self._behind) > MAX_BEHIND:
+                self.transport.abort()
         elif self._head_timer or not self._idle:
             self._read(data)
         elif self._gate.admit(self._begin, callback=data.startswith(CALLBACK)):
@@ -168,7 +152,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._behind and not self.pipeline:
             data, self._behind = self._behind, b""
             self._read(data)
-        self.flow.resume_reading()
 
     def _start_idle_timer(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(

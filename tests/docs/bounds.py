@@ -36,7 +36,8 @@ def arriving() -> dict[str, str]:
         "requests that wait to begin": "one for each connection, with at most 256 KiB read",
         "head of a request": f"{size(server_protocol.MAX_HEAD)} and {server_protocol.HEAD_S:g} s",
         "requests of a connection behind one that is not answered": "those in"
-        f" {size(server_protocol.SLICE)}, and up to 512 KiB that are read and not parsed",
+        f" {size(server_protocol.SLICE)}, and up to {size(server_protocol.MAX_BEHIND)} that are"
+        " read and not parsed",
         "body of a callback": f"{size(inbox_worker.MAX_BODY)} and {callback_route.BODY_S:g} s",
         "body of a client's request": f"{size(bodies.MAX_BODY)} and {bodies.BODY_S:g} s."
         f" {size(task_routes.MAX_SUBMISSION)} with `data:` URLs,"

@@ -53,8 +53,8 @@ async def answers(reader: asyncio.StreamReader, count: int) -> list[bytes]:
 
 
 async def test_a_connection_holds_few_requests_that_wait() -> None:
-    """The rest stays unparsed, and then in the kernel. All are answered in the end."""
-    count, release = 3_000, asyncio.Event()
+    """The rest stays unparsed. All are answered in the end."""
+    count, release = 1_500, asyncio.Event()
     large = GET[:-2] + b"padding: %s\r\n\r\n" % (b"x" * 250)
     async with serving(release) as (url, served), connected(url) as (reader, writer):
         writer.write(GET.replace(b"/ ", b"/slow ") + large * count)
@@ -69,6 +69,14 @@ async def test_a_connection_holds_few_requests_that_wait() -> None:
             assert len(connection.pipeline) <= SLICE // len(large) + 1
             assert len(connection._behind) < 1 << 19
         assert await answers(reader, 1) == [b"none"]
+
+
+async def test_a_client_that_sends_far_ahead_is_disconnected() -> None:
+    count = 50_000
+    async with serving() as (url, _), connected(url) as (reader, writer):
+        writer.write(GET * count)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await answers(reader, count)
 
 
 async def test_every_request_of_a_connection_passes_the_gate(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
@@ -28,7 +27,6 @@ from service.web.console.pages import (
 from service.web.console.sign_in import (
     SIGN_IN,
     VISITOR,
-    LoginLimiter,
     sessions_of,
     show_sign_in,
     sign_in,
@@ -160,9 +158,9 @@ async def error_page(request: Request, error: Exception) -> Response:
 
 
 def console_routes() -> list[Route]:
-    attempt = guarded_page(partial(sign_in, limiter=LoginLimiter()))
-    forms = [("GET", SIGN_IN, guarded_page(show_sign_in)), ("POST", SIGN_IN, attempt)]
-    return path_routes([*forms, *((view.method, view.path, page_endpoint(view)) for view in VIEWS)])
+    forms = (("GET", SIGN_IN, show_sign_in), ("POST", SIGN_IN, sign_in))
+    pages = ((method, path, guarded_page(endpoint)) for method, path, endpoint in forms)
+    return path_routes([*pages, *((view.method, view.path, page_endpoint(view)) for view in VIEWS)])
 
 
 def page_routes(*, console: bool) -> list[Route]:

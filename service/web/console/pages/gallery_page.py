@@ -1,6 +1,5 @@
 """The gallery: stored pictures by day, a large view of each, and several of them as one file."""
 
-import io
 import zipfile
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -97,26 +96,21 @@ async def zipped(visit: Visit, blobs: Sequence[tuple[str, str]]) -> AsyncIterato
             with archive.open(name, "w", force_zip64=True) as member:
                 async for chunk in visit.context.resources.blobs.read(blob):
                     member.write(chunk)
-                    yield written.taken()
-    yield written.taken()
+                    yield b"".join(written)
+                    written.clear()
+    yield b"".join(written)
 
 
-class Written(io.RawIOBase):
-    """A file that cannot seek. It holds what was written until it is taken."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
+class Written(list[bytes]):
+    """The pieces of a file that cannot seek."""
 
     def write(self, data: Any) -> int:
-        self._pieces.append(bytes(data))
+        self.append(bytes(data))
         return len(data)
 
-    def taken(self) -> bytes:
-        pieces, self._pieces = self._pieces, []
-        return b"".join(pieces)
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 VIEWS = (
