@@ -20,15 +20,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # These series begin at 0, because Prometheus sees no increase in the first value of a series.
 VERDICTS = ("accepted", "duplicate", "conflict", "unreadable", "unknown", "wrong_token")
 STAGES = (
-    "inbox",
-    "submit",
-    "settle",
-    "reconcile",
-    "download",
-    "deliver",
-    "redeliver",
-    "replay",
-    "claim",
+    *("inbox", "submit", "settle", "reconcile", "download"),
+    *("deliver", "redeliver", "replay", "claim"),
 )
 
 

@@ -97,18 +97,14 @@ async def test_a_task_costs_the_price_of_the_catalogue(
     ("size", "format", "word"),
     [
         ((383, 400), "PNG", "383x400"),
-        ((384, 400), "PNG", None),
-        ((400, 5001), "PNG", "400x5001"),
         ((400, 5000), "PNG", None),
-        ((400, 400), "GIF", "GIF"),
-        ((400, 400), "BMP", None),
         ((400, 400), "PNG with alpha", "alpha"),
     ],
 )
 async def test_an_uploaded_input_image_must_be_within_the_limits_of_the_model(
     size: tuple[int, int], format: str, word: str | None
 ) -> None:
-    mode = {"GIF": "P", "PNG with alpha": "RGBA"}.get(format, "RGB")
+    mode = "RGBA" if "alpha" in format else "RGB"
     content = photo(format.partition(" ")[0], size, mode)
     async with sandbox() as client:
         sent = {"file": ("a", content)}
@@ -120,14 +116,6 @@ async def test_an_uploaded_input_image_must_be_within_the_limits_of_the_model(
         error = answer.json()["error"]
         assert error["param"] == "image_urls"
         assert word in error["message"]
-
-
-async def test_models_are_listed() -> None:
-    async with sandbox() as client:
-        models = (await client.get("/v1/models")).json()
-    ids = [model["id"] for model in models["data"]]
-    assert ids[:2] == ["wan2.5-text-to-image", "wan2.5-image-to-image"]
-    assert "mj-v7" in ids
 
 
 @pytest.mark.parametrize("header", ["", "Basic sk-test", "Bearer", "Bearer sk-wrong"])

@@ -170,14 +170,6 @@ def test_an_unknown_fault_is_refused_by_name(asked: object, named: str) -> None:
         read_faults(asked, {})
 
 
-def test_a_request_overrides_the_default_faults() -> None:
-    """Its values win, null removes a default, and the order of the table holds."""
-    faults = read_faults(
-        {"fail": None, "delay": 2}, {"repeat_callback": 3, "fail": "service_error", "delay": 1}
-    )
-    assert list(faults.items()) == [("delay", 2.0), ("repeat_callback", 3)]
-
-
 def test_a_contradiction_is_terminal_and_of_the_other_kind() -> None:
     """A completed task becomes failed, and any other task completed. The id stays."""
     assert contradicting({"id": "t", "status": "completed", "results": ["x"]})["status"] == "failed"

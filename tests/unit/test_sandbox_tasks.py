@@ -43,33 +43,6 @@ def test_a_price_per_request_is_paid_once_however_many_images_it_makes() -> None
         assert ledger.credits == Decimal(left)
 
 
-def test_the_lot_of_a_submission_is_reproducible() -> None:
-    """It depends on the seed, on the body without its callback URL, and on the number of equal
-    bodies before it. A key keeps its lot until its task is forgotten.
-    """
-    now = [0.0]
-    ledger = Ledger(SandboxOptions(seed=1, task_ttl_s=60), lambda: now[0])
-    lots = [
-        ledger.seed(None, {"prompt": prompt, "callback_url": prompt + url})
-        for url in "xy"
-        for prompt in "ab"
-    ]
-    again = Ledger(SandboxOptions(seed=1), lambda: now[0])
-    assert lots == [
-        again.seed(None, {"prompt": "a"}),
-        again.seed(None, {"prompt": "b"}),
-        again.seed("k", {"prompt": "a"}),
-        again.seed("l", {"prompt": "b"}),
-    ]
-    assert len(set(lots)) == 4
-    kept = ledger.seed("key", {"prompt": "a"})
-    ledger.create(ORDER, {}, "http://sandbox", kept, "key", "")
-    assert ledger.seed("key", {"prompt": "a"}) == kept
-    now[0] = 60
-    assert ledger.all() == []
-    assert ledger.seed("key", {"prompt": "a"}) != kept
-
-
 @pytest.mark.parametrize(("credits", "shown"), [("3", 3), ("3.0", 3), ("8.7", 8.7), ("0.05", 0.05)])
 def test_credits_are_decimal_numbers(credits: str, shown: float) -> None:
     """Whole numbers have no point, as at the upstream."""
