@@ -48,6 +48,26 @@ def run_many(connection: Connection, statement: Any, rows: Sequence[Given]) -> N
         _call(driver.executemany, plan.sql, map(plan.bound, rows))
 
 
+def begin(connection: Connection, sql: str) -> None:
+    """Begins a transaction with this statement. SQLAlchemy joins it with its first statement."""
+    if (driver := _driver(connection)) is None:
+        connection.begin()
+    else:
+        _call(driver.execute, sql, ())
+
+
+def commit(connection: Connection) -> None:
+    """Ends what `begin` began, for SQLAlchemy and for the driver."""
+    connection.commit()
+    if (driver := _driver(connection)) is not None and driver.in_transaction:
+        _call(driver.execute, "COMMIT", ())
+
+
+def roll_back(connection: Connection) -> None:
+    connection.rollback()
+    connection.info[DRIVER].rollback()
+
+
 def _call(execute: Callable[[str, Any], sqlite3.Cursor], sql: str, values: Any) -> list[Any]:
     """Calls the driver. Its errors become SQLAlchemy's."""
     try:

@@ -21,22 +21,22 @@ from pathlib import Path
 from typing import Any, Concatenate
 
 import structlog
-from sqlalchemy import Connection, Engine, RootTransaction, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from service.db import schema
+from service.db import prepared, schema
 from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import SteadyClock
 from service.db.file_lock import store_lock
 from service.db.integrity import begin, connecting, damaged, examine
-from service.db.prepared import DRIVER
 from service.db.queues import release_all
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreInUse, StoreUnavailable
 from service.fair_places import FairPlaces
 from service.folders import make_private
 
+IMMEDIATE = "BEGIN IMMEDIATE"
 READERS = 3  # a holder alone has two of them
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
 REMEMBERED = 16  # commits
@@ -59,7 +59,7 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
-        record.info[DRIVER] = connection
+        record.info[prepared.DRIVER] = connection
         if readonly:
             settings = ["busy_timeout=5000", "query_only=ON"]
         else:  # the writer runs in the event loop, which must not wait
@@ -73,7 +73,8 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
 
         @event.listens_for(engine, "begin")
         def immediate(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if not connection.info[prepared.DRIVER].in_transaction:
+                connection.exec_driver_sql(IMMEDIATE)
 
     return engine
 
@@ -124,13 +125,13 @@ class SqliteStore(BatchingStore):
         async def run(function: Callable[..., Any], *arguments: Any) -> Any:
             return function(connection, *arguments)
 
-        transaction = connection.begin()
+        prepared.begin(connection, IMMEDIATE)
         try:
             yield run
-            await self._end(transaction)
+            await self._end(connection)
         except BaseException as error:
             self._note_damage(error)
-            transaction.rollback()
+            prepared.roll_back(connection)
             raise
 
     def _note_damage(self, error: BaseException) -> None:
@@ -141,7 +142,7 @@ class SqliteStore(BatchingStore):
             )
             log.critical("store.damaged", message=message)
 
-    async def _end(self, transaction: RootTransaction) -> None:
+    async def _end(self, connection: Connection) -> None:
         """Commits here while the disk is quick, and otherwise on a thread.
 
         The quickest quarter of the latest commits decides. The other commits measure a busy
@@ -150,7 +151,7 @@ class SqliteStore(BatchingStore):
 
         def commit() -> None:
             started = time.perf_counter()
-            transaction.commit()
+            prepared.commit(connection)
             took = time.perf_counter() - started
             self._commits.extend([took] * (REMEMBERED if took > STALL_S else 1))
 

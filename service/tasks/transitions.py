@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Exists, Select, bindparam, delete, exists, or_, select
 
+from service.db.prepared import run
 from service.db.tables import images, inbox, steps, tasks
 from service.db.transaction import Emitted, Lease, Transaction
 from service.events import outbox
@@ -243,10 +244,15 @@ def hold(tx: Transaction, row: TaskRow, due_at: int, message: str = HELD) -> Non
     change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))
 
 
+_FORGETTING = delete(images).where(
+    images.c.task_id == bindparam("task_id"),
+    or_(images.c.state == "pending", images.c.confirmed.is_(False)),
+)
+
+
 def forget_downloads(tx: Transaction, task_id: str) -> None:
     """Deletes results that are not fetched yet, or that only a callback named."""
-    unwanted = or_(images.c.state == "pending", images.c.confirmed.is_(False))
-    tx.connection.execute(delete(images).where(images.c.task_id == task_id, unwanted))
+    run(tx.connection, _FORGETTING, {"task_id": task_id})
 
 
 def dead_letter_task(tx: Transaction, lease: Lease, cause: str) -> None:
