@@ -1,14 +1,15 @@
 """Sends a burst of callbacks from a process of its own, as the upstream does: `python -m
-tests.overload ADDRESS FILE CONNECTIONS`.
+tests.overload ADDRESS FILE CONNECTIONS PATIENCE`.
 
 Each line of FILE is a request, `{"path", "body"}`. All connections start at once and share the
 requests. A connection sends its next request when it has the answer to the last one. A request
-without a 200 within 10 s is sent again on a new connection, after 1, 2 and 4 s. The time of an
-attempt includes the connect. The client uses bare sockets and epoll, because a client that costs
-more than the service would measure itself.
+without a 200 within PATIENCE seconds is sent again on a new connection, after 1, 2 and 4 s. The
+time of an attempt includes the connect. The client uses bare sockets and epoll, because a client
+that costs more than the service would measure itself.
 """
 
 import json
+import os
 import select
 import socket
 import sys
@@ -21,10 +22,11 @@ from typing import Any
 
 from service.signing import Keyring
 from service.web.server import allow_descriptors
+from tests.attack.pulse import queued
 from tests.bench.acknowledgement import SECRET_KEY
 from tests.bench.load import request_bytes
 
-PATIENCE_S, AGAIN_S = 10.0, (1.0, 2.0, 4.0)
+AGAIN_S = (1.0, 2.0, 4.0)
 
 
 def callback(task_id: str) -> dict[str, str]:
@@ -65,8 +67,8 @@ class Burst:
     attempts, and `lost` counts requests that failed four times.
     """
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.address, self.poll = address, select.epoll()
+    def __init__(self, address: tuple[str, int], patience_s: float) -> None:
+        self.address, self.patience_s, self.poll = address, patience_s, select.epoll()
         self.open: dict[int, Connection] = {}
         self.seen, self.took, self.lost = Counter[str](), list[float](), 0
         self.due: list[tuple[float, int, list[bytes], int]] = []  # requests to send again
@@ -132,7 +134,7 @@ class Burst:
             if perf_counter() - looked > 0.1:
                 looked = perf_counter()
                 for connection in list(self.open.values()):
-                    if looked - connection.began > PATIENCE_S:
+                    if looked - connection.began > self.patience_s:
                         self.met(connection, "timeout")
         return self.told(perf_counter() - began)
 
@@ -141,13 +143,21 @@ class Burst:
         p50, p99 = (self.took[int(share * (len(self.took) - 1))] for share in (0.5, 0.99))
         answered = sum(count for what, count in self.seen.items() if what.startswith("200"))
         figures = {"p50": p50, "p99": p99, "max": self.took[-1], "seconds": whole}
+        figures["starved"] = starved(os.getpid())
         return {"seen": dict(self.seen), "lost": self.lost, "rate": answered / whole, **figures}
 
 
-def burst(address: str, requests: Sequence[bytes], connections: int) -> dict[str, Any]:
+def starved(pid: int) -> float:
+    """Seconds that the threads of a process have waited for a processor."""
+    return sum(queued(str(pid)).values()) / 1e9
+
+
+def burst(
+    address: str, requests: Sequence[bytes], connections: int, patience_s: float
+) -> dict[str, Any]:
     """The number of each answer, and the times in seconds."""
     host, _, port = address.removeprefix("http://").partition(":")
-    return Burst((host, int(port))).run(
+    return Burst((host, int(port)), patience_s).run(
         list(requests[number::connections]) for number in range(connections)
     )
 
@@ -157,4 +167,4 @@ if __name__ == "__main__":
     prebuilt = [
         request_bytes(**json.loads(line)) for line in Path(sys.argv[2]).read_text().splitlines()
     ]
-    print(json.dumps(burst(sys.argv[1], prebuilt, int(sys.argv[3]))))
+    print(json.dumps(burst(sys.argv[1], prebuilt, int(sys.argv[3]), float(sys.argv[4]))))

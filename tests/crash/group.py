@@ -89,10 +89,9 @@ class Group:
             "PORT": str(port),
             "CALLBACK_URL": callbacks,
             "DATA_DIR": data,
+            "TEST_LEASE_MS": str(LEASE_MS),
         } | more
-        environment = service_settings(self.bench.upstream_url, folder, **given) | {
-            "DARKROOM_TEST_LEASE_MS": str(LEASE_MS)
-        }
+        environment = service_settings(self.bench.upstream_url, folder, **given)
         process, client = await self.bench.start(self.stack, folder, environment, *arguments)
         self.members.append(Member(process, client, folder, environment))
         return self.members[-1]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from service.db import failover
@@ -93,13 +94,22 @@ async def test_the_host_that_takes_writes_is_found_among_several(
     """The connection skips a silent host and a read-only host, each within its timeout. An open
     connection detects a peer that falls silent.
     """
-    monkeypatch.setattr(failover, "CONNECT_S", 3.0)
     primary, second = pair
+    connect, waits = asyncpg.connect, list[float]()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = standby.url(second, primary).replace("@", f"@127.0.0.1:{silent.getsockname()[1]},")
+        name = f"127.0.0.1:{silent.getsockname()[1]}"
+        url = standby.url(second, primary).replace("@", f"@{name},")
+
+        async def soon_or_late(host: str, *, timeout: float, **given: Any) -> Any:
+            """Waits half a second for the silent host, and patiently for the others."""
+            waits.append(timeout)
+            return await connect(host, timeout=0.5 if name in host else PATIENCE_S, **given)
+
+        monkeypatch.setattr(asyncpg, "connect", soon_or_late)
         async with open_postgres(url, process="one", new_id=new_id) as store:
             task_id = await Subject(store, Clock()).queued()
             assert await Subject(store, Clock()).state(task_id) == "queued"
+    assert set(waits) == {failover.CONNECT_S}
     connection: Any = await failover.connecting(standby.url(second, primary), {})()
     try:
         held = connection._transport.get_extra_info("socket")

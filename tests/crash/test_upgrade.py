@@ -63,7 +63,9 @@ async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: st
     old processes stop when the new version is running.
     """
     async with groups(tmp_path, postgres_server) as group:
-        web, worker = [await group.start(role) for role in (WEB, WORKER)]
+        # A busy machine lets neither a lease nor a submission run out of time.
+        slow = {"TEST_LEASE_MS": "20000", "SUBMIT_TIMEOUT_S": "60"}
+        web, worker = [await group.start(role, **slow) for role in (WEB, WORKER)]
         load = await loaded(web.client, 10)
         group.accepted |= {task["id"] for task in load.tasks}
         async with sending(load, str(web.client.base_url).rstrip("/")):

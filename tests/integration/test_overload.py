@@ -24,7 +24,7 @@ from starlette.routing import Route
 from tests.api import SUBMIT, order
 from tests.bench.acknowledgement import SECRET_KEY, prepare
 from tests.environment import clean_environment
-from tests.overload import callback
+from tests.overload import callback, starved
 from tests.processes import ADMIN_KEY, Running, service_settings, started
 from tests.waiting import wait_until
 from tests.world import answering
@@ -35,8 +35,9 @@ CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))
 # connections, within the process's limit of descriptors
 ALL = min(CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)
 UPSTREAMS_PATIENCE_S = 10.0
+SENDERS_PATIENCE_S = UPSTREAMS_PATIENCE_S if FULL else 90.0  # the suite shares its machine
 AT_ONCE = 300  # connections
-ACCEPTED, AGAIN, LATE = ('200 {"status":"accepted"}', "503", "timeout")
+ACCEPTED, AGAIN = ('200 {"status":"accepted"}', "503")
 ENDED_S = 60.0 + CALLBACKS / 50
 
 pytestmark = pytest.mark.timeout(120 + CALLBACKS / 25)
@@ -75,7 +76,8 @@ async def burdened(folder: Path, waiting: Path) -> AsyncIterator[Running]:
 
 
 async def burst(address: str, file: Path, connections: int) -> dict[str, Any]:
-    command = (sys.executable, "-m", "tests.overload", address, str(file), str(connections))
+    arguments = address, str(file), str(connections), str(SENDERS_PATIENCE_S)
+    command = (sys.executable, "-m", "tests.overload", *arguments)
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, env=clean_environment({})
     )
@@ -99,7 +101,8 @@ async def test_a_burst_of_callbacks_is_answered_in_time(
     """The process accepts each callback within the upstream's time limit, or answers 503 in time
     and accepts the repeated callback. Clients' requests continue meanwhile.
 
-    No connection is reset, none ends without an answer, and each task ends once.
+    No connection is reset, none ends without an answer, and each task ends once. The seconds in
+    which another program of the machine had the processor do not count.
     """
     async with burdened(tmp_path, waiting) as running:
         over, seen = asyncio.Event(), Counter[str]()
@@ -107,15 +110,16 @@ async def test_a_burst_of_callbacks_is_answered_in_time(
             base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60
         ) as client:
             asking = [asyncio.create_task(keep_asking(client, over, seen)) for _ in range(4)]
+            starved_s = -starved(running.process.pid)
             told = await burst(running.address, waiting / "requests", connections)
+            starved_s += starved(running.process.pid) + told["starved"]
             over.set()
             await asyncio.gather(*asking)
             print(dict(seen))
             assert told["lost"] == 0
-            assert told["seen"].keys() <= ({ACCEPTED, AGAIN} if FULL else {ACCEPTED, AGAIN, LATE})
-            assert told["seen"].get(LATE, 0) <= (0 if connections == AT_ONCE else CALLBACKS // 100)
+            assert told["seen"].keys() <= {ACCEPTED, AGAIN}
             assert told["seen"][ACCEPTED] == CALLBACKS
-            assert told["max"] < UPSTREAMS_PATIENCE_S
+            assert told["max"] < UPSTREAMS_PATIENCE_S + (0 if FULL else starved_s)
             assert seen.keys() <= {"200", "404", "503 1"}  # its upstream answers 404 to submissions
             own = seen["200"] + seen["404"]
             if not FULL:  # settling needs two minutes for 20,000
