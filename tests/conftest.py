@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import asyncio
 import gc
 import logging
 import os
@@ -7,7 +8,7 @@ import ssl
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, TextIO, cast
 
 import httpx
@@ -151,6 +152,20 @@ def _certificates() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("httpx._transports.default.create_ssl_context", once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_stops() -> Iterator[None]:
+    """A server of this process stops within 0.02 s. uvicorn looks every 0.1 s whether it should,
+    and waits 0.1 s more, and most tests stop two servers.
+    """
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.01))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvicorn.server.asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep}))
         yield
 
 
