@@ -29,7 +29,7 @@ async def measured(
 
 
 def attacks(folder: Path, rounds: int, quick: bool) -> str:
-    found = asyncio.run(measured(folder, rounds, ["documents"] if quick else list(ATTACKS)))
+    found = asyncio.run(measured(folder, rounds, ["slow bodies"] if quick else list(ATTACKS)))
     rows = [(name, *compared(times)) for name, times in found.items()]
     return markdown(("p99 of a callback, ms", "under attack", "in peace", "factor"), rows)
 
