@@ -1,10 +1,10 @@
 """Around every request: an id, one log line, and the response to a defect of the service."""
 
-import json
 import re
 import time
 
 import structlog
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
@@ -118,11 +118,7 @@ class Exchange:
     async def _internal_error(self) -> None:
         message = "a defect of the service; it was logged"
         error = error_body(500, "internal_error", message, self._scope["request_id"])
-        body = json.dumps(error).encode()
-        length = (b"content-length", str(len(body)).encode())
-        headers = [(b"content-type", b"application/json"), length]
-        await self._answer({"type": "http.response.start", "status": 500, "headers": headers})
-        await self._answer({"type": "http.response.body", "body": body})
+        await JSONResponse(error, 500)(self._scope, self._receive, self._answer)
 
 
 def route_of(scope: Scope) -> str | None:

@@ -41,10 +41,10 @@ def store_of(here: World) -> Any:
 async def looking(still: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[str]]:
     """The store does not answer whether a made-up key is known. Hashes that were asked for."""
     asked, valid, release = list[str](), set[str](), asyncio.Event()
-    read = store_of(still).read
+    look_up = store_of(still).look_up
 
     async def slow(query: Any, *args: Any, **kwargs: Any) -> Any:
-        found = await read(query, *args, **kwargs)
+        found = await look_up(query, *args, **kwargs)
         if query is owner_keys.key_row:
             asked.append(args[0])
             if found is None:
@@ -53,7 +53,7 @@ async def looking(still: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
                 valid.add(args[0])
         return found
 
-    monkeypatch.setattr(store_of(still), "read", slow)
+    monkeypatch.setattr(store_of(still), "look_up", slow)
     yield asked
     release.set()
 
@@ -101,16 +101,16 @@ async def test_unknown_keys_push_no_valid_key_out_of_the_cache(
     monkeypatch.setattr(auth, "CACHE_S", 60.0)
     access, asked = still.context.access, list[str]()
     access._cache.clear()
-    read = store_of(still).read
+    look_up = store_of(still).look_up
 
     async def counted(query: Any, *args: Any, **kwargs: Any) -> Any:
         if query is owner_keys.key_row:  # and no look that the process makes meanwhile
             asked.append(args[0])
-        return await read(query, *args, **kwargs)
+        return await look_up(query, *args, **kwargs)
 
     async with still.owner() as client:
         got(await client.get("/v1/tasks"))
-        monkeypatch.setattr(store_of(still), "read", counted)
+        monkeypatch.setattr(store_of(still), "look_up", counted)
         for number in range(20):
             key = {"authorization": f"Bearer dk_made-up-{number}"}
             assert (await client.get("/v1/tasks", headers=key)).status_code == 401

@@ -97,19 +97,14 @@ async def multipart(
             if part.filename is None:
                 add(form, part.name, await text_of(part))
             elif part.filename:  # a field without a chosen file has an empty name
-                await kept(form, part, keep)
+                try:
+                    add(form, part.name, await keep(form, part.filename, part.content))
+                except ApiError as error:
+                    if error.status not in (400, 413):
+                        raise
+                    form.refused.append(error)
     check_token(request, session, form)
     return form
-
-
-async def kept(form: FormFields, part: FormPart, keep: Keep) -> None:
-    """A refused file leaves its error instead of a field."""
-    try:
-        add(form, part.name, await keep(form, part.filename, part.content))
-    except ApiError as error:
-        if error.status not in (400, 413):
-            raise
-        form.refused.append(error)
 
 
 async def text_of(part: FormPart) -> str:

@@ -93,15 +93,12 @@ def metadata_of(text: str) -> JSON:
 
 def metadata_text(pairs: Mapping[str, str]) -> str:
     """The text of which `metadata_of` makes these pairs again."""
-    lines = [f"{name}={value}" for name, value in pairs.items()]
-    plain = all(
-        name == name.strip() and value == value.strip() and "=" not in name
-        for name, value in pairs.items()
-    )
-    text = "\n".join(lines)
-    if plain and text.count("\n") == max(0, len(lines) - 1) and not text.startswith("{"):
-        return text
-    return json.dumps(pairs, ensure_ascii=False)
+    text = "\n".join(f"{name}={value}" for name, value in pairs.items())
+    try:
+        same = metadata_of(text) == pairs
+    except ApiError:
+        same = False
+    return text if same else json.dumps(pairs, ensure_ascii=False)
 
 
 def value_of(name: str, rule: JSON, draft: Draft) -> Any:

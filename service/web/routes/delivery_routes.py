@@ -1,13 +1,12 @@
 """Deliveries and their attempts."""
 
-import re
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.db.paging import Row, Selection
-from service.errors import ApiError, invalid_request
+from service.errors import ApiError
 from service.events.deliveries import delivery_list, delivery_to_send
 from service.events.delivery_worker import is_sendable, send_manually
 from service.events.documents import delivery_document
@@ -24,13 +23,15 @@ from service.web.parameters import HTTP_STATUS
 
 async def deliveries(request: Request) -> Response:
     """List deliveries, newest first."""
+    such_as = "an HTTP status from 100 to 599"
+    status = query_text(request, "status", pattern=HTTP_STATUS, such_as=such_as)
     filters = {
         "endpoint_id": query_text(request, "endpoint"),
         "event_id": query_text(request, "event"),
         "task_id": query_text(request, "task"),
         "state": query_text(request, "state", ("pending", "delivered", "dead")),
         "cause": query_text(request, "error"),
-        "last_status": query_status(request),
+        "last_status": None if status is None else int(status),
     }
     where = {name: value for name, value in filters.items() if value is not None}
     rows, answers = partial(delivery_list, where=where), caller_of(request).sees is None
@@ -39,14 +40,6 @@ async def deliveries(request: Request) -> Response:
         return delivery_document(*item, answers=answers)
 
     return await page(request, rows, lambda item: position_of(item[0]), shown)
-
-
-def query_status(request: Request) -> int | None:
-    """An HTTP status. Raises ApiError 400."""
-    text = query_text(request, "status")
-    if text is not None and not re.match(HTTP_STATUS, text):
-        raise invalid_request("status must be an HTTP status from 100 to 599", "status")
-    return None if text is None else int(text)
 
 
 async def groups(request: Request) -> Response:

@@ -38,27 +38,23 @@ async def base64(request: Request) -> Response:
     """Upload an input image in base64, as the upstream's clients do."""
 
     async def keep(request: Request) -> FileRow:
-        name, content = await _decoded(request)
+        body = validated(EncodedUpload, await parsed(await read_body(request, MAX_JSON)))
 
         async def chunks() -> AsyncIterator[bytes]:
-            yield content.pop()
+            data, body.base64_data = body.base64_data.strip(), ""
+            try:
+                yield data_of(data if is_data(data) else f"data:;base64,{data}")
+            except (ValueError, binascii.Error):
+                message = "base64_data is not base64"
+                raise ApiError(400, "invalid_parameter", message) from None
             # The file is on disk. Nothing of the body is in memory while it waits for a decoder.
+            del data
             request.state.body.release()
 
         owner, keep = caller_of(request).owner, context_of(request).files.keep
-        return await keep(owner, lambda: name, chunks(), COMMON, param="base64_data")
+        return await keep(owner, lambda: body.file_name, chunks(), COMMON, param="base64_data")
 
     return await _answered(request, keep)
-
-
-async def _decoded(request: Request) -> tuple[str | None, list[bytes]]:
-    """The name, and the content in a list from which it is taken."""
-    body = validated(EncodedUpload, await parsed(await read_body(request, MAX_JSON)))
-    data = body.base64_data.strip()
-    try:
-        return body.file_name, [data_of(data if is_data(data) else f"data:;base64,{data}")]
-    except (ValueError, binascii.Error):
-        raise ApiError(400, "invalid_parameter", "base64_data is not base64") from None
 
 
 async def url(request: Request) -> Response:

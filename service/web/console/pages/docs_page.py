@@ -1,8 +1,8 @@
 """The OpenAPI and the AsyncAPI document as pages. They are rendered once."""
 
+import json
 import re
 from functools import cache
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -71,9 +71,9 @@ def type_of(schema: JSON) -> list[tuple[str, str | None]]:
         name = schema["$ref"].rpartition("/")[2]
         return [(name, name)]
     if "const" in schema:
-        return [(repr_of(schema["const"]), None)]
+        return [(json.dumps(schema["const"]), None)]
     if "enum" in schema:
-        return [(" | ".join(map(repr_of, schema["enum"])), None)]
+        return [(" | ".join(map(json.dumps, schema["enum"])), None)]
     for word in ("anyOf", "oneOf", "allOf"):
         if word in schema:
             parts = [type_of(each) for each in schema[word]]
@@ -83,7 +83,3 @@ def type_of(schema: JSON) -> list[tuple[str, str | None]]:
     if isinstance(schema.get("additionalProperties"), dict):
         return [("object of ", None), *type_of(schema["additionalProperties"])]
     return [(str(schema.get("type", "any")), None)]
-
-
-def repr_of(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()

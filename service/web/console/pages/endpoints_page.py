@@ -67,12 +67,9 @@ async def endpoints(visit: Visit) -> Response:
 
 async def endpoint(visit: Visit) -> Response:
     found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
-    return visit.render("endpoint.html", endpoint=await with_health(visit, found), acts=acts(found))
-
-
-def acts(endpoint: JSON) -> list[tuple[str, str]]:
-    first = "pause" if endpoint["status"] == "enabled" else "enable"
-    return [(name, ACTS[name][0]) for name in (first, "rotate", "delete")]
+    first = "pause" if found["status"] == "enabled" else "enable"
+    acts = [(name, ACTS[name][0]) for name in (first, "rotate", "delete")]
+    return visit.render("endpoint.html", endpoint=await with_health(visit, found), acts=acts)
 
 
 async def new(visit: Visit, error: ApiError | None = None) -> Response:
@@ -104,10 +101,6 @@ def pairs_of(name: str, text: str) -> dict[str, str]:
     return found
 
 
-def lines_of(pairs: dict[str, str]) -> str:
-    return "\n".join(f"{name}={value}" for name, value in pairs.items())
-
-
 async def create(visit: Visit) -> Response:
     try:
         made = await visit.call("POST /v1/endpoints", body=body_of(visit))
@@ -119,7 +112,8 @@ async def create(visit: Visit) -> Response:
 async def edit(visit: Visit, error: ApiError | None = None) -> Response:
     found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
     given = {**found, "types": " ".join(found["types"])}
-    given |= {name: lines_of(found[name] or {}) for name in LINES}
+    for name in LINES:
+        given[name] = "\n".join(f"{key}={value}" for key, value in (found[name] or {}).items())
     if error:
         given |= {name: visit.form.get(name) for name in FIELDS + MORE}
     return visit.render("endpoint_edit.html", given=given, error=error, endpoint=found)

@@ -71,9 +71,7 @@ def filter_fields(*, admin: bool) -> list[dict[str, Any]]:
 
 def utc(text: str | None) -> str | None:
     """The text of a field for a time, as RFC 3339. It has no offset."""
-    if not text or text.endswith("Z") or "+" in text:
-        return text or None
-    return f"{text}:00Z" if len(text) == len("2026-01-01T00:00") else f"{text}Z"
+    return text if not text or text.endswith("Z") or "+" in text else f"{text}Z"
 
 
 def chosen(names: Iterable[str], values: Mapping[str, str]) -> dict[str, Any]:
@@ -176,19 +174,15 @@ async def ask(visit: Visit, error: ApiError | None = None) -> Response:
 async def act(visit: Visit) -> Response:
     id, (name, texts) = visit.path("task_id"), visit.act(ACTS)
     method, path = ("DELETE", "") if name == "erase" else ("POST", f"/{name}")
-    body = resolution(visit) if name == "resolve" else None
+    outcome, body = visit.form.get("outcome"), None
+    if name == "resolve":
+        decided = outcome in ("failed", "resubmit")
+        body = {"as": outcome} if decided else {"upstream_id": visit.form.get("upstream_id")}
     try:
         await visit.call(f"{method} /v1/tasks/{{task_id}}{path}", body=body, task_id=id)
     except ApiError as error:
         return await ask(visit, error)
     return visit.redirect(TASK.format(task_id=id), texts[3])
-
-
-def resolution(visit: Visit) -> JSON:
-    outcome = visit.form.get("outcome")
-    if outcome in ("failed", "resubmit"):
-        return {"as": outcome}
-    return {"upstream_id": visit.form.get("upstream_id").strip()}
 
 
 VIEWS = (
