@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import structlog
-from sqlalchemy import Connection, event, select
+from sqlalchemy import Connection, select
 from structlog.testing import capture_logs
 
+from service.db import prepared
 from service.db.sqlite import REMEMBERED, SqliteStore
 from service.db.tables import events, tasks
 from service.db.transaction import Lease, Transaction
@@ -505,30 +506,32 @@ async def test_a_job_that_waits_for_its_turn_at_a_stop_does_not_start(harness: H
 
 
 async def test_a_lease_that_a_transaction_commits_after_a_stop_is_released(
-    harness: Harness,
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store may still commit when the stop begins. No worker takes the lease, so it is
     released.
     """
     done, under_way, go_on = list[str](), threading.Event(), threading.Event()
 
-    def wait(connection: Connection) -> None:
+    def late(
+        connection: Connection, commit: Callable[[Connection], None] = prepared.commit
+    ) -> None:
         if connection.scalar(select(tasks.c.id)):
             under_way.set()
             go_on.wait(20)
+        commit(connection)
 
     async with harness.working(finishing(harness.store, done)) as pool:
         # After slow commits, the store commits on a thread.
         harness.store._commits.extend([1.0] * REMEMBERED)
-        event.listen(harness.store._engine, "commit", wait)
+        monkeypatch.setattr(prepared, "commit", late)
         queueing = asyncio.create_task(harness.queue("task_a"))
         await wait_until(under_way.is_set)
         stopping = asyncio.create_task(pool.stop(10))
         await wait_until(lambda: pool._stopping)
         go_on.set()
         await queueing
-        await stopping  # its own commits are over too before the listener goes
-        event.remove(harness.store._engine, "commit", wait)
+        await stopping
     row = await harness.row("task_a")
     assert done == []
     assert (row.submit_lease_until, row.submit_due_at, row.submit_attempts) == (None, START, 0)
