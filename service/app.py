@@ -1,7 +1,6 @@
 """The wiring: settings become resources, resources an application, the application a server."""
 
 import asyncio
-import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -26,11 +25,13 @@ from service.images.input_files import InputFiles
 from service.images.input_sources import InputResolver
 from service.images.validator import ImageValidator, open_validator
 from service.jobs import process_jobs
+from service.ops import garbage
 from service.ops.metrics import Metrics
 from service.queue.stage import Stage
 from service.queue.stopping import Stopping
 from service.queue.worker import WorkerPool
-from service.resources import RecentLook, Resources
+from service.recent_look import RecentLook
+from service.resources import Resources
 from service.settings import Settings, masked
 from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
@@ -45,9 +46,10 @@ from service.tasks.transitions import dead_letter_task
 from service.upkeep.heartbeats import workers_missing
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
-from service.web.auth import Access, KeyLimits
+from service.web.auth import Access
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
+from service.web.key_limits import KeyLimits
 from service.web.middleware import Requests
 from service.web.overload import LoadShedder, PriorityGate
 from service.web.routes.table import operators_routes, site_routes
@@ -57,9 +59,6 @@ from service.web.sessions import Sessions
 log = structlog.get_logger()
 
 REPLAYS = 4  # concurrent pages
-# A young collection for each so many new containers, and a full one after 10 × 10 young ones.
-# Python's 700 would look through the objects of the requests under way many times a second.
-GARBAGE = 20_000, 10, 10
 JUDGE_FIRST_S = 5.0  # a start judges waiting callbacks so long before it does anything else
 
 
@@ -254,9 +253,7 @@ async def serve(
             context.files.validator.warm()
         if ready is not None:
             await ready(context)
-        gc.collect()
-        gc.freeze()  # what lives now lives as long as the process, and is never looked at again
-        gc.set_threshold(*GARBAGE)
+        garbage.settle()
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")

@@ -268,7 +268,7 @@ def upstream_key(settings: Settings) -> str:
 def open_upstreams(
     settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
 ) -> dict[str, Upstream]:
-    """The upstreams by name."""
+    """The upstreams by name. `catalogue.upstream_for` says which models each serves."""
     address = settings.evolink_base_url, upstream_key(settings)
     timeouts = settings.submit_timeout_s, settings.query_timeout_s
     evolink = EvoLink(

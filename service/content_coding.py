@@ -4,6 +4,7 @@ import zlib
 
 COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
 CODINGS = 3  # of one body
+MEMBERS = 100  # of one gzip body, behind the first
 MEMBER = b"\x1f\x8b\x08"  # the first bytes of a gzip member
 
 
@@ -26,8 +27,9 @@ def decoded(body: bytes, header: str, limit: int) -> bytes:
 
 
 def decompress(data: bytes, limit: int) -> bytes | None:
-    """At most one byte over the limit. None: the data is neither gzip, zlib nor raw deflate. Bytes
-    behind it are no part of it.
+    """At most one byte over the limit. None: the data is neither gzip, zlib nor raw deflate.
+
+    A gzip file may have several members (RFC 1952, 2.2). Further bytes are no part of it.
     """
     for wbits in (47, -15):  # 47: gzip or zlib
         decoder = zlib.decompressobj(wbits)
@@ -35,6 +37,14 @@ def decompress(data: bytes, limit: int) -> bytes | None:
             plain = decoder.decompress(data, limit + 1)
         except zlib.error:
             continue
+        for _ in range(MEMBERS):
+            if not decoder.unused_data.startswith(MEMBER) or len(plain) > limit:
+                break
+            decoder, member = zlib.decompressobj(wbits), decoder.unused_data
+            try:
+                plain += decoder.decompress(member, limit + 1 - len(plain))
+            except zlib.error:
+                break
         # Raw deflate has no signature, so only a whole stream counts.
         if wbits > 0 or decoder.eof or len(plain) > limit:
             return plain

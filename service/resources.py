@@ -1,12 +1,9 @@
 """The connections that every step works with."""
 
-import asyncio
-import math
 import os
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -19,38 +16,17 @@ from service.net.egress_client import Egress
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.queue.shared_commits import SharedCommits
+from service.recent_look import RecentLook
 from service.signing import Keyring, LinkSigner
 from service.upstreams.base import Upstream
 from service.upstreams.file_api import FileApi
 
 log = structlog.get_logger()
 
-Seen = TypeVar("Seen")
-FRESH_S = 0.1
-
 
 def new_id(kind: str, now: int) -> str:
     """An id with this process's randomness."""
     return make_id(kind, now, os.urandom(10))
-
-
-class RecentLook(Generic[Seen]):
-    """Shares one look among the requests that come while it runs and `FRESH_S` after it."""
-
-    def __init__(self) -> None:
-        self._looking: asyncio.Task[Seen] | None = None
-        self._until = math.inf
-
-    async def look(self, begin: Callable[[], Coroutine[Any, Any, Seen]]) -> Seen:
-        loop = asyncio.get_running_loop()
-        if self._looking is None or loop.time() > self._until:
-            self._until = math.inf
-            self._looking = loop.create_task(begin())
-            self._looking.add_done_callback(lambda _: self._seen_at(loop.time()))
-        return await asyncio.shield(self._looking)
-
-    def _seen_at(self, time: float) -> None:
-        self._until = time + FRESH_S
 
 
 @dataclass(frozen=True, slots=True)

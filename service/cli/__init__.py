@@ -9,6 +9,7 @@ import typer
 from service import VERSION
 from service.cli import (
     backup,
+    completion,
     doctor_command,
     event_commands,
     file_commands,
@@ -18,13 +19,14 @@ from service.cli import (
     serve,
     task_commands,
 )
+from service.cli.completion import COMPLETING
 from service.cli.place import Local, Url, choose, selectable
 from service.cli.task_acts import ACTS, BULK
 from service.cli.verbs import GROUPS, TASKS
 
 program = typer.Typer(
     no_args_is_help=True,
-    add_completion=serve.COMPLETING in os.environ,
+    add_completion=COMPLETING in os.environ,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,7 +44,7 @@ for command in (
     program.command()(selectable(command))
 for command in (
     *(backup.backup, restore.restore, serve.migrate, doctor_command.doctor),
-    *(serve.completion, serve.openapi, serve.asyncapi),
+    *(completion.completion, serve.openapi, serve.asyncapi),
 ):
     program.command()(command)
 for word, verb in ACTS.items():

@@ -1,6 +1,4 @@
-"""The commands that need no service: `serve`, `worker`, `migrate`, `openapi`, `asyncapi` and
-`completion`.
-"""
+"""The commands that need no service: `serve`, `worker`, `migrate`, `openapi` and `asyncapi`."""
 
 import gc
 import json
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 SWITCH_S = 0.0005
-COMPLETING = "_DARKROOM_COMPLETE"  # set by the shell that asks for words
-SHELLS = ("bash", "zsh", "fish")
 Host = Annotated[Text, option("Address to listen on (DARKROOM_HOST).")]
 Port = Annotated[
     int | None,
@@ -195,23 +191,3 @@ def asyncapi(as_json: Json = False) -> None:
 
     api = document()
     put_result(api, as_json, json.dumps(api, indent=2))
-
-
-def completion(
-    shell: Annotated[str, typer.Argument(help="bash, zsh or fish.", metavar="SHELL")],
-    as_json: Json = False,
-) -> None:
-    """Print the script that completes commands and options in a shell."""
-    if shell not in SHELLS:
-        raise typer.BadParameter(f"{shell!r} is none of {', '.join(SHELLS)}", param_hint="SHELL")
-    import os
-    import subprocess
-
-    done = subprocess.run(
-        [sys.executable, "-m", "service"],
-        env={**os.environ, COMPLETING: f"source_{shell}"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    put_result({"shell": shell, "script": done.stdout}, as_json, done.stdout.rstrip())

@@ -9,7 +9,7 @@ from service.backends import DELIVERIES, REDELIVERIES
 from service.doctor.patient import Finding, Patient, fault, ok
 from service.errors import ConfigurationError, SettingsError
 from service.settings import Settings, load_settings
-from service.variables import ENV_FILE
+from service.variables import ENV_FILE, PREFIX
 
 QUOTES = "\"'"
 # Deliveries and retries at once, as many sockets of clients, and what files and databases need.
@@ -56,6 +56,11 @@ async def check_secrets(patient: Patient) -> dict[str, Finding]:
                 " the key without quotes, move it to the first place, drop the old one"
             )
             return {"secrets": fault(said, mend)}
+    for name in ("evolink_api_key", "admin_key"):
+        secret = getattr(settings, name)
+        if secret and secret.get_secret_value()[0] in QUOTES:
+            said = f"{PREFIX}{name.upper()} has quotes around it, and they belong to it"
+            return {"secrets": fault(said, f"remove the quotes from {PREFIX}{name.upper()}")}
     return {"secrets": ok("the secrets are long enough and have no quotes")}
 
 

@@ -33,7 +33,7 @@ from service.tasks.metadata import check_metadata
 from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue
+from service.upstreams.catalogue import Catalogue, upstream_for
 from service.upstreams.field_values import shown
 
 log = structlog.get_logger()
@@ -184,7 +184,7 @@ class TaskIntake:
     def _task(
         self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str
     ) -> TaskRow:
-        task_id, upstream = self.resources.id("task"), DEFAULT_UPSTREAM
+        task_id, upstream = self.resources.id("task"), upstream_for(body["model"])
         if self.callback_prefix is not None:
             hashed = self.resources.keyring.hashed_token(upstream, task_id)
             path = f"/callbacks/{upstream}/{task_id}/{hashed}"

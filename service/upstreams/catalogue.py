@@ -1,11 +1,12 @@
 """The models: which upstream serves them, and the limits and prices that it documents.
 
 `catalogue.toml` has them as data, and the operator's file extends and overrides it. An error in it
-names the file and the field. A submission over a limit is refused here, before the upstream charges
-for it.
+names the file, the line and the field. A submission over a limit is refused here, before the
+upstream charges for it.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,14 @@ from service.upstreams.catalogue_images import COMMON
 MAX_WARNINGS, NAME_CHARS = 16, 100
 DEFAULT_UPSTREAM = "evolink"
 OPERATORS_FILE = "DARKROOM_CATALOGUE"
+HEADER = re.compile(r"\s*\[([^\[\]].*)\]\s*(#.*)?")
+PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+
+
+def upstream_for(model: str) -> str:
+    """The name of the upstream that serves a model. One upstream serves all of them so far."""
+    del model
+    return DEFAULT_UPSTREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +93,7 @@ class Catalogue:
 
     def document(self, model: str) -> JSON:
         """A model as clients see it. KeyError: the catalogue does not have it."""
-        return self.models[model].document(model, DEFAULT_UPSTREAM)
+        return self.models[model].document(model, upstream_for(model))
 
     def warnings(self, model: str, fields: Iterable[str]) -> list[str]:
         """Names the fields that the catalogue does not have for the model, at most 16. The upstream
@@ -102,42 +111,44 @@ class Catalogue:
 def load_catalogue(path: Path | None = None) -> Catalogue:
     """The catalogue that comes with the package, with the operator's file on top of it.
 
-    ConfigurationError names the file and the field.
+    ConfigurationError names the file, the line and the field.
     """
     if path is None:
         return Catalogue(builtin_models())
-    name = f"{OPERATORS_FILE}: {path}"
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-        raise ConfigurationError(f"{name}: {reason}") from None
-    return Catalogue(merged(builtin_models(), text, name))
+    return Catalogue(merged(builtin_models(), *read_catalogue(path)))
 
 
 @cache
 def builtin_models() -> Mapping[str, ModelEntry]:
     text = files(__package__).joinpath("catalogue.toml").read_text("utf-8")
-    return merged({}, text, "catalogue.toml")
+    return merged({}, parse_catalogue(text, "catalogue.toml"), text, "catalogue.toml")
 
 
-def merged(below: Mapping[str, ModelEntry], text: str, name: str) -> dict[str, ModelEntry]:
+def merged(
+    below: Mapping[str, ModelEntry], file: CatalogueFile, text: str, name: str
+) -> dict[str, ModelEntry]:
     """The models of a file on top of `below`. `like` names a model of `below`, or an earlier model
     of the file.
     """
     models = dict(below)
-    for model, entry in parse_catalogue(text, name).models.items():
+    for model, entry in file.models.items():
         base = models.get(model, ModelEntry())
         if entry.like is not None:
             if entry.like not in models:
+                line = line_of(text, ["models", model, "like"])
                 reason = f"no model {entry.like!r} is in the catalogue or above"
-                raise ConfigurationError(f"{name}: models.{model}.like: {reason}")
+                raise ConfigurationError(f"{name}, line {line}: models.{model}.like: {reason}")
             base = models[entry.like].fields_alone()
         made = models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
         if (unknown := made.unknown_field()) is not None:
-            place = ".".join(["models", model, *unknown[0]])
-            raise ConfigurationError(f"{name}: {place}: the model has no field {unknown[1]!r}")
+            path = ["models", model, *unknown[0]]
+            reason = f"the model has no field {unknown[1]!r}"
+            line = line_of(text, path)
+            raise ConfigurationError(f"{name}, line {line}: {'.'.join(path)}: {reason}")
     return models
+
+
+# --- the file
 
 
 def parse_catalogue(text: str, name: str) -> CatalogueFile:
@@ -145,16 +156,32 @@ def parse_catalogue(text: str, name: str) -> CatalogueFile:
     try:
         tables = tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{name}: {error}") from None
+        place = PLACE.search(str(error))
+        line = int(place[1]) if place and place[1] else len(text.splitlines())
+        reason = PLACE.sub("", str(error))
+        raise ConfigurationError(f"{name}, line {line}: {reason}") from None
     try:
         return CatalogueFile.model_validate(tables)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(path_in(tables, first["loc"]))
+        path = path_in(tables, first["loc"])
         words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         value = first["input"] if isinstance(first["input"], str | int | Decimal) else None
         given = "" if value is None else f", not {json.dumps(value, default=str)}"
-        raise ConfigurationError(f"{name}: {place}: {words}{given}") from None
+        raise ConfigurationError(
+            f"{name}, line {line_of(text, path)}: {'.'.join(path)}: {words}{given}"
+        ) from None
+
+
+def read_catalogue(path: Path) -> tuple[CatalogueFile, str, str]:
+    """The operator's file, its text, and its name in an error."""
+    name = f"DARKROOM_CATALOGUE: {path}"
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise ConfigurationError(f"{name}: {reason}") from None
+    return parse_catalogue(text, name), text, name
 
 
 def path_in(tables: Any, location: Sequence[int | str]) -> list[str]:
@@ -168,3 +195,33 @@ def path_in(tables: Any, location: Sequence[int | str]) -> list[str]:
         elif index == len(location) - 1 and isinstance(tables, dict):
             path.append(str(step))  # a field that is missing
     return path
+
+
+def line_of(text: str, path: Sequence[str]) -> int:
+    """The line that sets the value at a path, or else the table nearest to it."""
+    table: list[str] = []
+    best, found = 0, 1
+    for number, line in enumerate(text.splitlines(), 1):
+        header = HEADER.fullmatch(line)
+        if header is not None:
+            names = table = keys_of_table(f"[{header[1]}]")
+        elif "=" in line:
+            names = table + keys_of_table(f"{line.partition('=')[0]} = 0")
+        else:
+            continue
+        if len(names) > best and list(path[: len(names)]) == names:
+            best, found = len(names), number
+    return found
+
+
+def keys_of_table(toml: str) -> list[str]:
+    """The names in a header, or before the equals sign of a line."""
+    try:
+        value: Any = tomllib.loads(toml)
+    except tomllib.TOMLDecodeError:
+        return []
+    names = []
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        names.append(name)
+    return names

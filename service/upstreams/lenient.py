@@ -27,12 +27,31 @@ INLINE = re.compile(
 INLINE_URLS = 500  # more of them are no images
 BACKSLASH = b"\\"
 BLANK = "\ufeff \t\r\n"
+# A text of JSON, a comma in front of a bracket, and a word, which may be no scalar of JSON.
+UNTIDY = re.compile(
+    r'"(?P<text>[^"\\]*+(?:\\.[^"\\]*+)*+)"?|,(?=\s*+[\]}])|(?P<word>[^\s\[\]{},:"]++)', re.DOTALL
+)
+SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9]\d*+)(?:\.\d++)?(?:[eE][-+]?\d++)?", re.ASCII)
+# A backslash with what it escapes. A backslash alone escapes nothing.
+ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
 STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
 WRAPPERS, ENVELOPES = ("data", "task", "result"), 3  # fields with a task, and levels around it
 TELLING = ("id", "task_id", "status", "error")  # a task has one of them
 USUAL = (*TELLING, "progress", "results", "task_info", "usage")
 LINKS = ("url", "image_url")
 LINKED = (*LINKS, "urls", "image", "images", "results", "output")
+# The fields from which reports are made.
+FIELDS = frozenset(
+    b"id task_id status progress error code message type param task_info can_cancel estimated_time"
+    b" usage billing_rule user_group credits_reserved credits_used billing refunded_credits"
+    b" results result_data result result_urls result_url output_url file_url"
+    b" url image_url images image urls data task output uri link download_url"
+    b" b64_json base64".split()
+)
+LEVELS = 32  # of lists and objects. Links and figures have fewer around them
+LONG = 128 << 10  # bytes of a text. A link has fewer, with all of its characters escaped
+TOKENS = 1 << 19  # texts and rows of brackets, which take 0.3 s
+TOKEN = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"?(\s*+:)?+|[\[{]++|[\]}]++', re.DOTALL)
 
 
 def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
@@ -40,22 +59,87 @@ def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
     `alone` refuses a body with another object or list behind the first.
 
     What JSON excludes counts as unknown: NaN, numbers without end, and a field that one object
-    names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark and
-    control characters in text are read. Bytes behind the object are not. Of a large body the short
-    forms of `data:` URLs are read.
+    names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark,
+    control characters in text, escapes that JSON does not have, and trailing commas are read. A
+    word that JSON does not have, such as `undefined`, is null. Bytes behind the
+    object are not. Of a large body the short forms of `data:` URLs are read. Of a body that is
+    still large, or deep, only the needed fields are.
     """
     if len(body) > USUAL_BYTES:
         body = _without_images(body)
     if len(body) > USUAL_BYTES:
+        body = needed_part(body)
+    if len(body) > USUAL_BYTES:
         return None
+    try:
+        try:
+            value, rest = _first_value(body)
+        except RecursionError:
+            value, rest = _first_value(needed_part(body))
+    except (ValueError, RecursionError):
+        return None
+    if alone and rest.lstrip()[:1] in ("{", "["):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def needed_part(body: bytes | bytearray) -> bytes:
+    """The first object of the body without other fields than `FIELDS`, without lists and objects
+    below `LEVELS`, and without long texts. A body that cannot be read so far comes back as it is.
+    """
+    kept: list[bytes | bytearray] = []
+    depth, start = 0, 0
+    left_out: int | None = None  # the level of a field or a value that is left out
+    for token in islice(TOKEN.finditer(body), TOKENS):
+        mark = token[0][:1]
+        if mark == b'"':
+            name = token[1] if token[2] and depth <= LEVELS else None
+            needed = name is not None and (name in FIELDS or name.isdigit())
+            if name is not None and not needed and left_out is None:
+                kept.append(body[start : token.start()])
+                left_out = depth
+            elif needed and left_out == depth:
+                start, left_out = token.start(), None
+            elif left_out is None and len(token[0]) > LONG:
+                kept.append(body[start : token.start()] + b'""')
+                start = token.end()
+        elif mark in b"[{":
+            if left_out is None and depth + len(token[0]) > LEVELS:
+                kept.append(body[start : token.start() + LEVELS - depth] + b"null")
+                left_out = LEVELS + 1
+            depth += len(token[0])
+        else:
+            if left_out is not None and depth >= left_out > depth - len(token[0]):
+                within = left_out > LEVELS
+                kept.append(b"" if within else b'"":0')
+                start, left_out = token.start() + depth - left_out + within, None
+            depth -= len(token[0])
+            if depth <= 0:
+                return b"".join([*kept, body[start : token.end() + depth]])
+    return bytes(body)
+
+
+def _first_value(body: bytes | bytearray) -> tuple[object, str]:
+    """The first value and the text behind it."""
     text = body.decode("utf-8", "replace").lstrip(BLANK)
     try:
         value, end = _DECODER.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if alone and text[end:].lstrip()[:1] in ("{", "["):
-        return None
-    return value if isinstance(value, dict) else None
+    except json.JSONDecodeError:
+        if text[:1] != "{":
+            raise
+        text = UNTIDY.sub(_tidied, text)
+        value, end = _DECODER.raw_decode(text)
+    return value, text[end:]
+
+
+def _tidied(match: re.Match[str]) -> str:
+    """JSON for a text with escapes of no JSON, a trailing comma, or a word such as `undefined`."""
+    found = match[0]
+    if match["text"] is not None:
+        return ESCAPE.sub(_escaped, found) if "\\" in found else found
+    if match["word"] is not None:
+        return found if SCALAR.fullmatch(found) else "null"
+    return ""
 
 
 def inline_url(match: re.Match[bytes]) -> str:
@@ -93,6 +177,10 @@ def link_of(text: str) -> str:
     """A result's link as browsers trim it. A link that is too long stays too long."""
     link = trimmed(text)
     return text_of(link, len(link) if is_data(link) else MAX_LINK + 1) or ""
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0] if match[1] is None else "\\\\"
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> JSON:

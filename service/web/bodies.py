@@ -17,6 +17,7 @@ from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.context import context_of
 from service.web.field_schemas import OWNER, OptionalBody
+from service.web.key_shares import address_of
 from service.web.parameters import UNIX
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -51,18 +52,24 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
-    shedder, body, share = context_of(request).shedder, bytearray(), request.state.body
+    shedder, body, held = context_of(request).shedder, bytearray(), request.state.body
     try:
-        async with asyncio.timeout(BODY_S):
-            with shedder.arriving(caller_of(request).key):
+        async with asyncio.timeout(BODY_S) as timer:
+            with shedder.idle(), shedder.bodies.arriving(held, *reader_of(request), timer):
                 async for chunk in request.stream():
-                    share.grow(len(chunk))
+                    shedder.bodies.grow(held, len(chunk))
                     body += chunk
                     if len(body) > most:
                         raise ApiError(413, "body_too_large", f"the body has at most {most} bytes")
     except (TimeoutError, ClientDisconnect):
-        raise ApiError(408, "timeout", f"the body was not complete after {BODY_S:g} s") from None
+        message = f"the body was not complete after {BODY_S:g} s, or too slow among many"
+        raise ApiError(408, "timeout", message) from None
     return bytes(body.removeprefix(codecs.BOM_UTF8))
+
+
+def reader_of(request: Request) -> tuple[str, str]:
+    """The key and the address that a body's share belongs to."""
+    return caller_of(request).key, address_of(request.scope.get("client"))
 
 
 async def parsed(body: bytes) -> JSON:

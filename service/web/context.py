@@ -9,13 +9,15 @@ from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.input_files import InputFiles
 from service.queue.stopping import Stopping
-from service.resources import RecentLook, Resources
+from service.recent_look import RecentLook
+from service.resources import Resources
 from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.inbox_worker import InboxWorker
 from service.tasks.pause import PauseWatch
-from service.web.auth import Access, KeyLimits
+from service.web.auth import Access
+from service.web.key_limits import KeyLimits
 from service.web.overload import LoadShedder, PriorityGate
 
 

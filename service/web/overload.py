@@ -17,7 +17,7 @@ import structlog
 from service.errors import ApiError
 from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
-from service.web.key_shares import Share, Shares
+from service.web.key_shares import BodyShares, Share, Shares
 
 log = structlog.get_logger()
 
@@ -149,12 +149,11 @@ class PriorityGate:
 # Of the process. An owner has a fair share of each: at most half of what the others leave. A key's
 # share of polls and streams is a setting.
 MAX_ACTIVE = 1000  # requests at work
+LOOKED_UP = 5000  # requests whose key is looked up, which an address has a share of
 POLLS = SUBMISSIONS = 2500  # requests that wait for an event, and for a task
 STREAMS = 2000
 LONG_PAGES = 64  # on their way to a client, up to 4 MiB each
 MANUAL = 32  # attempts that clients ask for by hand
-BODIES, BODIES_OF_KEY = 500, 200  # that are not complete yet
-BODY_BYTES = 128 << 20  # of bodies in memory
 WAITING_OF_KEY = 1000  # submissions
 SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
 
@@ -164,15 +163,14 @@ class LoadShedder:
 
     def __init__(self, gate: PriorityGate, metrics: Metrics, key_waits: int = 100) -> None:
         self.gate, self.metrics = gate, metrics
-        self.log_sampler = LogSampler()
+        self.bodies, self.log_sampler = BodyShares(), LogSampler()
         self.requests = Shares("requests at work", MAX_ACTIVE)
+        self.lookups = Shares("requests whose key is looked up", LOOKED_UP)
         self.polls = Shares("requests that wait for an event", POLLS, key_waits)
         self.streams = Shares("streams", STREAMS, key_waits)
         self.submissions = Shares("submissions that wait", SUBMISSIONS, WAITING_OF_KEY)
         self.pages = Shares("long answers on their way", LONG_PAGES)
         self.manual = Shares("attempts by hand under way", MANUAL)
-        self.bodies = Shares("bodies that are not complete", BODIES, BODIES_OF_KEY)
-        self.body_bytes = Shares("bytes of bodies", BODY_BYTES)
         self._refused = 0  # callbacks since the last line
         self._logging = False
 
@@ -184,11 +182,18 @@ class LoadShedder:
     def waiting(self) -> int:
         return self.polls.taken + self.submissions.taken
 
+    def lookup(self) -> Share:
+        """Around the look-up of a client's key. Raises ApiError 503."""
+        return self._admitted(self.lookups)
+
     def request(self) -> Share:
         """Around a client's request, for the holder that it has then. Raises ApiError 503."""
+        return self._admitted(self.requests)
+
+    def _admitted(self, shares: Shares) -> Share:
         holder, burst = HOLDER.get(), self.gate.callbacks + self.gate.queued_callbacks
-        if burst < SHED_AT and self.requests.left(holder):
-            return self.requests.take(holder)
+        if burst < SHED_AT and shares.left(holder):
+            return shares.take(holder)
         self.metrics.requests_shed.inc()
         if (withheld := self.log_sampler.take(time.monotonic())) is not None:
             figures = {"busy": self.active, "waiting": self.waiting, "withheld": withheld}
@@ -204,18 +209,6 @@ class LoadShedder:
             yield
         finally:
             self.requests.count(holder, "", 1)
-
-    def body(self) -> Share:
-        """Around a request that may have a body: its bytes, from the first one until nothing of
-        them is in memory.
-        """
-        return Share(self.body_bytes, HOLDER.get())
-
-    @contextmanager
-    def arriving(self, key: str) -> Iterator[None]:
-        """Around the reading of a body. Raises ApiError 429 or 503 for too many of them."""
-        with self.idle(), self.bodies.take(HOLDER.get(), key):
-            yield
 
     def callback_refused(self) -> None:
         """Counts a callback that gets 503: a line for the first, then one per second."""

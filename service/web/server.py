@@ -1,17 +1,22 @@
 """A server on a bound socket, and the signals that stop a process."""
 
 import asyncio
+import heapq
 import os
 import resource
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from operator import itemgetter
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from service.errors import ConfigurationError
+from service.web.key_shares import UnsentBytes
 from service.web.overload import PriorityGate
 from service.web.server_protocol import BoundedProtocol
 
@@ -23,8 +28,10 @@ OPEN_MAX = 10_240  # macOS accepts no higher limit, even without a hard limit
 BACKLOG = 16_384  # the kernel lowers it to `net.core.somaxconn`
 ACCEPT_PER_TURN = 100  # about 10 ms, and as many callbacks as fit into one commit
 SPARE_DESCRIPTORS = 512  # for files and outgoing connections, half of a small limit
-LOST_MS = 35_000  # a peer that takes nothing for so long is gone
+LOST_MS = 35_000  # more than a write may take
 RETRY_S = 0.1  # after which descriptors may be free again
+# Slow connections that end for new ones, and the seconds between two looks for them.
+ENDED_AT_ONCE, END_AGAIN_S, IDLE_S = 500, 0.5, 10.0
 
 
 class Server(uvicorn.Server):
@@ -48,7 +55,8 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._bound = bound
-        self._gate = gate or PriorityGate()
+        self._gate, self._unsent = gate or PriorityGate(), UnsentBytes()
+        self._end_again_at = 0.0
 
     async def run_bound(self) -> None:
         allow_descriptors()
@@ -58,11 +66,32 @@ class Server(uvicorn.Server):
         await super().startup([])
         self._bound.listen(BACKLOG)  # an inherited socket has the backlog of its creator
         connections = self.server_state.connections
-        self._accept_loop = AcceptLoop(self._bound, self._connection, lambda: len(connections))
+        self._accept_loop = AcceptLoop(
+            self._bound, self._connection, lambda: len(connections), self._end_slow
+        )
 
     def _connection(self) -> BoundedProtocol:
         state = self.lifespan.state
-        return BoundedProtocol(self.config, self.server_state, state, self._gate)
+        return BoundedProtocol(self.config, self.server_state, state, self._gate, self._unsent)
+
+    def _end_slow(self) -> None:
+        """Ends slow connections, the slowest first. The address with the most connections loses
+        its own first. Other addresses' connections count as slow only after `IDLE_S`.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._end_again_at:  # a look at 20,000 connections takes 20 ms
+            return
+        self._end_again_at = now + END_AGAIN_S
+        connections = cast(set[BoundedProtocol], self.server_state.connections)
+        most = Counter(each.address for each in connections).most_common(1)[0][0]
+        slow = [
+            (each.address != most, since, each)
+            for each in connections
+            if (since := each.slow_since) is not None
+            and (each.address == most or now - since >= IDLE_S)
+        ]
+        for *_, connection in heapq.nsmallest(ENDED_AT_ONCE, slow, key=itemgetter(0, 1)):
+            connection.transport.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._accept_loop.close()
@@ -82,14 +111,19 @@ class AcceptLoop:
 
     The loop's own server accepts one per turn. The callbacks of a burst would then be committed one
     by one, and the kernel would drop connections beyond its backlog (docs/decisions/0034). At the
-    limit of descriptors, further connections wait in the kernel. `held` counts open connections.
+    limit of descriptors, further connections wait in the kernel, and slow ones end for them. `held`
+    counts open connections, `end_slow` ends some.
     """
 
     def __init__(
-        self, bound: socket.socket, make: Callable[[], asyncio.Protocol], held: Callable[[], int]
+        self,
+        bound: socket.socket,
+        make: Callable[[], asyncio.Protocol],
+        held: Callable[[], int],
+        end_slow: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._bound, self._make, self._held = bound, make, held
+        self._bound, self._make, self._held, self._end_slow = bound, make, held, end_slow
         self._opening = set[asyncio.Task[None]]()
         self._retry: asyncio.TimerHandle | None = None
         self._listen()
@@ -119,6 +153,8 @@ class AcceptLoop:
     def _accept(self) -> int:
         """The number of connections."""
         room = max_connections() - self._held() - len(self._opening)
+        if room <= 0:  # and a connection waits
+            self._end_slow()
         for count in range(min(ACCEPT_PER_TURN, room)):
             try:
                 connection, _ = self._bound.accept()
@@ -128,8 +164,7 @@ class AcceptLoop:
                 self._pause()
                 return count
             connection.setblocking(False)
-            # The system would wait a quarter of an hour for a peer that lost its network, and for
-            # ever for one that is there and takes nothing of its answer (tcp(7)).
+            # The system would wait a quarter of an hour for a peer that lost its network.
             if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_MS)
             opening = self._loop.create_task(self._open(connection))

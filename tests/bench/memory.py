@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
-from service.app import GARBAGE
+from service.ops.garbage import THRESHOLDS
 from tests.bench.acknowledgement import SECRET_KEY, prepare
 from tests.bench.peers.contenders import CONTENDERS, running
 from tests.bench.processes import MEASURING, RUN_S, measure, resident_mib, server
@@ -44,7 +44,7 @@ def main() -> None:
         folder = Path(name)
         with server("tests.bench.servers", "upstream", folder=folder, cores=MEASURING) as upstream:
             figures = list(measured(folder, upstream, callbacks))
-    print(f"{callbacks} callbacks, thresholds {GARBAGE}, MiB after each tenth:")
+    print(f"{callbacks} callbacks, thresholds {THRESHOLDS}, MiB after each tenth:")
     print(", ".join(f"{figure:.0f}" for figure in figures))
 
 

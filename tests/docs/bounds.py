@@ -10,7 +10,7 @@ from service.net import transport
 from service.queue import limiter
 from service.tasks import inbox_worker
 from service.upstreams.lenient import USUAL_BYTES
-from service.web import auth, bodies, overload, server, server_protocol
+from service.web import auth, bodies, key_shares, overload, server, server_protocol
 from service.web.list_page import PIECE
 from service.web.routes import callback_route, task_routes, upstream_file_routes
 from tests.bench.program import markdown
@@ -29,25 +29,30 @@ def half(total: int) -> str:
 
 
 def arriving() -> dict[str, str]:
+    of_address, of_key = key_shares.BODIES_OF_ADDRESS, key_shares.BODIES_OF_KEY
     return {
         "connections": f"open files less {server.SPARE_DESCRIPTORS}. The kernel holds up to"
         f" {server.BACKLOG:,} (or `net.core.somaxconn`) that are not accepted yet. Idle ones end"
         f" after {server.KEEP_ALIVE_S} s.",
         "requests that wait to begin": "one for each connection, with at most 256 KiB read",
-        "head of a request": f"{size(server_protocol.MAX_HEAD)} and {server_protocol.HEAD_S:g} s",
+        "head of a request": f"{size(server_protocol.MAX_HEAD)}, {server_protocol.MAX_HEADERS}"
+        f" headers and {server_protocol.HEAD_S:g} s",
         "requests of a connection behind one that is not answered": "those in"
-        f" {size(server_protocol.SLICE)}, and up to {size(server_protocol.MAX_BEHIND)} that are"
-        " read and not parsed",
+        f" {size(server_protocol.SLICE)}, and up to 512 KiB that are read and not parsed",
         "body of a callback": f"{size(inbox_worker.MAX_BODY)} and {callback_route.BODY_S:g} s",
         "body of a client's request": f"{size(bodies.MAX_BODY)} and {bodies.BODY_S:g} s."
         f" {size(task_routes.MAX_SUBMISSION)} with `data:` URLs,"
-        f" {size(upstream_file_routes.MAX_JSON)} with a file in base64. Not complete:"
-        f" {half(overload.BODIES)}, or {overload.BODIES_OF_KEY} for one key",
-        "bytes of all these bodies": f"{size(overload.BODY_BYTES)}, and at most"
-        f" {size(overload.BODY_BYTES // 2)} for one owner",
+        f" {size(upstream_file_routes.MAX_JSON)} with a file in base64. {key_shares.BODIES} that"
+        f" are not complete, {of_address} for one address, {of_key} for one key",
+        "bytes of all these bodies": f"{size(key_shares.BYTES)},"
+        f" {size(key_shares.BYTES_OF_ADDRESS)} for one address, and for one key as many as stay"
+        f" free, at most {size(key_shares.BYTES // 2)}",
         "callbacks that commit": f"{overload.MAX_COMMITTING}, and at most"
         f" {2 * overload.BEGIN_PER_TURN} more that began in the same turn",
-        "delayed refusals of wrong tokens": f"{overload.MAX_DELAY_S:g} s each, without a long body",
+        "delayed refusals of wrong tokens": f"{overload.MAX_DELAY_S:g} s each, at most"
+        f" {callback_route.MAX_DELAYED_BODIES} of them with a long body",
+        "requests whose key is looked up": f"{overload.LOOKED_UP:,}, and at most"
+        f" {overload.LOOKED_UP // 2:,} for one address",
         "clients' requests": half(overload.MAX_ACTIVE),
     }
 
@@ -63,9 +68,11 @@ def waiting() -> dict[str, str]:
         f" in pieces of {size(PIECE)} that are freed one by one. Those above {size(PIECE)} that"
         f" are on their way: {half(overload.LONG_PAGES)}",
         "an image on its way": size(CHUNK),
+        "what readers of all answers leave": f"{size(key_shares.MAX_UNSENT)}, beside what the"
+        " kernel holds (`net.ipv4.tcp_mem`)",
         "writes that wait for a commit": "running callbacks + running clients' requests + places of"
         " the workers",
-        "reads that wait for a connection": "the same + one for each connection, for its key",
+        "reads that wait for a connection": "the same + requests whose key is looked up",
         "readers of the store": f"{sqlite.READERS} threads on SQLite, and at most"
         f" {sqlite.READERS - 1} for one owner",
         "listeners for a task or an event": "waiting clients' requests + streams",

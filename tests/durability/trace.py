@@ -15,10 +15,34 @@ from pathlib import Path
 from tests.servers import missing
 
 CHANGES = {
-    *("open", "openat", "creat", "write", "writev", "pwrite64", "pwritev", "pwritev2", "ftruncate"),
-    *("truncate", "fallocate", "rename", "renameat", "renameat2", "link", "linkat", "symlink"),
-    *("symlinkat", "unlink", "unlinkat", "mkdir", "mkdirat", "rmdir", "copy_file_range"),
-    *("sendfile", "splice"),
+    *(
+        "open",
+        "openat",
+        "creat",
+        "write",
+        "writev",
+        "pwrite64",
+        "pwritev",
+        "pwritev2",
+        "ftruncate",
+        "truncate",
+        "fallocate",
+    ),
+    *(
+        "rename",
+        "renameat",
+        "renameat2",
+        "link",
+        "linkat",
+        "symlink",
+        "symlinkat",
+        "unlink",
+        "unlinkat",
+        "mkdir",
+        "mkdirat",
+        "rmdir",
+    ),
+    *("copy_file_range", "sendfile", "splice"),
 }
 SYNCS = {"fsync", "fdatasync", "sync", "syncfs"}
 TALK = {"sendto", "sendmsg"}

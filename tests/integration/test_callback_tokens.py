@@ -258,7 +258,10 @@ async def test_refusals_in_a_flood_are_counted_and_share_few_lines(flooded: Worl
 
 
 async def test_a_flood_fills_no_memory(flooded: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request with a long body is answered at once, and its connection closes."""
+    """The number of delayed requests with a long body is limited. A request beyond the limit is
+    answered at once, and its connection closes.
+    """
+    monkeypatch.setattr(callback_route, "MAX_DELAYED_BODIES", 0)
     monkeypatch.setattr(overload, "MAX_DELAY_S", 600)
     url = flooded.callback_url("task_x", "wrong")
     for _ in range(3):

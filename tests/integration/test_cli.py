@@ -946,13 +946,13 @@ def test_a_budget_is_set_and_its_figures_are_shown(run: Run, client: Mapping[str
 
 @pytest.mark.parametrize("arguments", ["serve", "serve --sandbox", "sandbox --catalogue {}"])
 def test_a_wrong_catalogue_stops_the_start_with_one_line(tmp_path: Path, arguments: str) -> None:
-    """The line names the file, the field and the value."""
+    """The line names the file, the line in it, the field and the value."""
     path = tmp_path / "models.toml"
     path.write_text("[models.a]\n\nprice = { credits = 'x' }\n")
     settings = {"DARKROOM_CATALOGUE": str(path), "DARKROOM_EVOLINK_API_KEY": "k"}
     words = [word.format(path) for word in arguments.split()]
     done = darkroom(*words, "--port", "0", folder=tmp_path, **settings)
     line = one_line(Done(done.returncode, "", done.stderr))
-    assert line.startswith(f"DARKROOM_CATALOGUE: {path}: models.a.price.credits: ")
+    assert line.startswith(f"DARKROOM_CATALOGUE: {path}, line 3: models.a.price.credits: ")
     assert line.endswith(', not "x"')
     assert not (tmp_path / "data").exists()

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from service.web.auth import CACHE_S
+from service.web.console.sign_in import ATTEMPTS
 from service.web.sessions import COOKIE, SESSION_S
 from tests.api import UNTIL_DONE, got, submitted
 from tests.waiting import wait_until
@@ -233,6 +234,20 @@ async def test_the_documentation_is_small_and_its_links_lead_somewhere(here: Wor
         for target in set(re.findall('href="([^"]*#[^"]+)"', page)):
             other, _, id = target.partition("#")
             assert f'id="{id}"' in pages[other or path], target
+
+
+async def test_failed_sign_ins_are_limited(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Then even the right key waits, and the answer says for how long."""
+    async with (
+        world(tmp_path_factory.mktemp("limit")) as there,
+        httpx.AsyncClient(base_url=there.url) as browser,
+    ):
+        for _ in range(ATTEMPTS):
+            assert (await sign_in(browser, "dk_wrong")).status_code == 401
+        answer = await sign_in(browser, ADMIN_KEY)
+        assert answer.status_code == 429
+        assert 0 < int(answer.headers["retry-after"]) <= 61
+        assert (await there.client.get("/v1/tasks")).status_code == 200
 
 
 async def test_the_console_can_be_switched_off(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -257,6 +257,7 @@ FAULTS: list[tuple[str, str, Cause, str, str, str]] = [
     ("a share", "store_disk", on_a_network, "fault", "fuse.sshfs", "local disk"),
     ("little room", "images", simply(min_free_bytes=2**60), "fault", "must stay free", "free"),
     ("quotes", "secrets", simply(secret_key=f"'{SECRET}'"), "fault", "quotes", "without quotes"),
+    ("a quoted key", "secrets", simply(evolink_api_key="'sk-x'"), "fault", "quotes", KEY),
     (
         "no broker",
         "broker bus",

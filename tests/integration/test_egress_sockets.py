@@ -183,11 +183,39 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.S
 @pytest.mark.parametrize(
     "host",
     [
-        *("127.0.0.1", "127.0.0.1.", "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.1"),
-        *("0177.0.0.1", "017700000001", "0", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]"),
-        *("[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[::1%25lo]", "[::1%lo]"),
-        *("１２７.０.０.１", "127。0。0。1", "①②⑦.0.0.1", "localhost", "LOCALHOST.", "a.test"),
-        *("u@127.0.0.1", "127.0.0.1%00"),
+        *(
+            "127.0.0.1",
+            "127.0.0.1.",
+            "127.1",
+            "127.0.1",
+            "2130706433",
+            "0x7f000001",
+            "0x7f.1",
+            "0177.0.0.1",
+            "017700000001",
+            "0",
+            "0.0.0.0",
+        ),
+        *(
+            "[::1]",
+            "[::]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:7f00:1]",
+            "[::127.0.0.1]",
+            "[64:ff9b::7f00:1]",
+            "[::1%25lo]",
+            "[::1%lo]",
+        ),
+        *(
+            "１２７.０.０.１",
+            "127。0。0。1",
+            "①②⑦.0.0.1",
+            "localhost",
+            "LOCALHOST.",
+            "a.test",
+            "u@127.0.0.1",
+            "127.0.0.1%00",
+        ),
     ],
 )
 async def test_nothing_connects_to_this_machine_from_outside(host: str, scheme: str) -> None:
@@ -345,11 +373,22 @@ async def test_a_redirect_is_an_answer_unless_the_rules_follow_it(location: str)
 @pytest.mark.parametrize(
     "location",
     [
-        *("http://127.0.0.2:{port}/", "http://2130706433:{port}/", "http://0x7f.1:{port}/"),
-        *("http://b.test:{port}/", "//127.0.0.2:{port}/", "http://u@127.0.0.1:{port}/"),
-        *("ftp://127.0.0.1:{port}/", "http:///", "//[::1", "http://127.0.0.1:{port}/\x7fx"),
-        *("file:///etc/passwd", "http://[::ffff:127.0.0.1]:{port}/", "https://10.0.0.1/"),
-        *("/" + "x" * 2048,),
+        *(
+            "http://127.0.0.2:{port}/",
+            "http://2130706433:{port}/",
+            "http://0x7f.1:{port}/",
+            "http://b.test:{port}/",
+            "//127.0.0.2:{port}/",
+        ),
+        *(
+            "http://u@127.0.0.1:{port}/",
+            "ftp://127.0.0.1:{port}/",
+            "http:///",
+            "//[::1",
+            "http://127.0.0.1:{port}/\x7fx",
+            "file:///etc/passwd",
+        ),
+        *("http://[::ffff:127.0.0.1]:{port}/", "https://10.0.0.1/", "/" + "x" * 2048),
     ],
 )
 async def test_every_redirect_is_judged_anew(location: str) -> None:

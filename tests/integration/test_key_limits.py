@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from service.errors import ApiError, ConfigurationError
 from service.settings import load_settings
-from service.web.auth import KeyLimits
+from service.web.key_limits import KeyLimits
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused
 from tests.upstream import Upstream, document, picture
 from tests.world import world

@@ -100,6 +100,13 @@ async def test_an_unusable_part_beside_the_rest_costs_nothing(
     assert asked(server, task) == 1
 
 
+async def test_a_byte_order_mark_costs_nothing(here: World, server: Said) -> None:
+    mark = b"\xef\xbb\xbf"
+    task = await submitted(here, server, mark + COMPLETED, first=mark + PENDING)
+    assert await called(here, server, task, mark + COMPLETED) == "accepted"
+    await stored(here, await here.ended(task["id"]))
+
+
 @pytest.mark.parametrize("part", [b'"prompt": "cut \\ud83d"', b'"seed": NaN', b'"x": 1, "x": 2'])
 async def test_our_own_clients_get_no_such_leniency(part: bytes, here: World) -> None:
     body = b'{"model": "wan2.5-text-to-image", "prompt": "x", ' + part + b"}"
@@ -170,6 +177,25 @@ async def test_a_callback_that_cannot_be_read_is_shown_to_operators(
 
 
 # --- links
+
+AROUND = [
+    "$LINK\\n",
+    "$LINK\\r\\n",
+    "  $LINK ",
+    "\\t$LINK",
+    "\\u0000$LINK\\u001f",
+    "$LINK?\\ta\\n=\\r1",
+]
+
+
+@pytest.mark.parametrize("link", AROUND)
+@pytest.mark.parametrize("shape", [b'["%b"]', b'[{"url": "%b"}]', b'"%b"'])
+async def test_a_link_is_trimmed_as_browsers_do(
+    shape: bytes, link: str, here: World, server: Said
+) -> None:
+    """Blanks and control characters around it, and line ends in it, are no part of it."""
+    body = b'{"id": "$ID", "status": "completed", "results": ' + shape % link.encode() + b"}"
+    await stored(here, await ended(here, server, body, callback=body))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +284,35 @@ async def test_a_link_that_cannot_be_read_is_asked_for_again(
 
 
 # --- results in another shape, or later
+
+SHAPES = [
+    b'"results": "$LINK"',
+    b'"results": {"url": "$LINK"}',
+    b'"results": {"0": "$LINK"}',
+    b'"results": [["$LINK"]]',
+    b'"results": [{"image": {"url": "$LINK"}}]',
+    b'"results": "[\\"$LINK\\"]"',
+    b'"results": null, "result": "$LINK"',
+    b'"results": [], "result_data": {"image_url": "$LINK"}',
+    b'"results": [null], "result_url": "$LINK"',
+    b'"results": ["$LINK"], "results": ["$LINK"]',
+    b'"data": [{"url": "$LINK"}]',
+    b'"results": [{"uri": "$LINK", "w": 64}]',
+    b'"results": {"images": [{"download_url": "$LINK"}]}',
+    b'"output": "$LINK"',
+    b'"results": ["$LINK"],',
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_result_in_another_shape_is_one_picture(
+    shape: bytes, here: World, server: Said
+) -> None:
+    body = b'{"id": "$ID", "status": "completed", ' + shape + b"}"
+    task = await ended(here, server, body, callback=body)
+    await stored(here, task)
+    assert asked(server, task) == 1
+
 
 AROUND_THE_TASK = [
     b'{"code": 200, "message": "ok", "data": %b}',
@@ -515,6 +570,15 @@ async def test_an_answer_without_id_and_results_proves_nothing(
     assert (await submitted(here, server, first=first))["state"] == "uncertain"
 
 
+@pytest.mark.parametrize("ids", [b'"task_id": "$ID"', b'"id": null, "task_id": "$ID"'])
+async def test_a_task_id_is_taken_for_the_id(ids: bytes, here: World, server: Said) -> None:
+    task = await submitted(here, server, COMPLETED, first=b"{" + ids + b', "status": "pending"}')
+    assert task["state"] == "submitted"
+    body = COMPLETED.replace(b'"id": "$ID"', ids)
+    await called(here, server, task, body)
+    await stored(here, await here.ended(task["id"]))
+
+
 # --- images in the answer itself
 
 
@@ -606,13 +670,43 @@ async def test_a_large_answer_that_stalls_holds_up_no_other(here: World, server:
     )
     await called(here, server, stalled)
     await wait_until(lambda: asked(server, stalled) == 1)
-    padded = b'{"b64_json": "' + b"A" * 1_500_000 + b'", ' + PENDING[1:]
+    padded = b'{"log": "' + b"x" * 1_500_000 + b'", ' + PENDING[1:]
     for _ in range(3):
         task = await submitted(here, server, large, first=padded)
         assert task["state"] == "submitted", await here.steps(task["id"])
         await called(here, server, task, b'{"status": "failed"}')
         await stored(here, await here.ended(task["id"]), noise(size=(800, 800)))
     assert (await here.task(stalled["id"]))["state"] == "submitted"
+
+
+DEEP = b'"debug": ' + b"[" * 5_000 + b"]" * 5_000
+OVERSIZED = {
+    "deep": b"{" + DEEP + b", %b}",
+    "deep behind the rest": b"{%b, " + DEEP.replace(b"[", b'{"x": [').replace(b"]", b"]}") + b"}",
+    "deep in a part that is needed": b'{"usage": ' + DEEP[9:] + b", %b}",
+    "numbers": b'{%b, "embedding": [' + b"0.5, " * 300_000 + b"1]}",
+    "log lines": b'{"log": ["' + b'a \\"line\\"", "' * 80_000 + b'"], %b}',
+    "a long text": b'{"html": "' + b"<br>\\n" * 200_000 + b'", %b}',
+    "base64 that is no link": b'{%b, "b64_json": "' + b"iVBO" * 300_000 + b'"}',
+    "a long message": b'{"error": {"message": "' + b"x" * 1_200_000 + b'"}, %b}',
+}
+
+
+@pytest.mark.parametrize("kind", OVERSIZED)
+async def test_a_deep_or_large_part_costs_nothing(kind: str, here: World, server: Said) -> None:
+    """Neither the submission nor the query is lost, and nothing is asked twice."""
+    first, then = (OVERSIZED[kind] % body[1:-1] for body in (PENDING, COMPLETED))
+    task = await submitted(here, server, then, first=first)
+    assert task["state"] == "submitted", await here.steps(task["id"])
+    await called(here, server, task)
+    await stored(here, await here.ended(task["id"]))
+    assert asked(server, task) == 1
+
+
+async def test_a_deep_callback_is_read_too(here: World, server: Said) -> None:
+    task = await submitted(here, server, COMPLETED)
+    assert await called(here, server, task, b"{" + DEEP + b", " + COMPLETED[1:]) == "accepted"
+    await stored(here, await here.ended(task["id"]))
 
 
 ESCAPED = [r"\n data:image/png;base64,{}", r"[\"data:;base64,{}\"]", r"\tDATA:;base64, {}\r\n"]

@@ -114,13 +114,35 @@ async def test_what_is_passed_on_is_not_looked_at(here: World, there: Guarded) -
 
 
 PATHS = (
-    *("task-unified-../../v1/credits", "task-unified-/../../credits"),
-    *("task-unified-%2F..%2F..%2Fcredits", "task-unified-%2e%2e%2fx"),
-    *("task-unified-%252F..%252Fcredits", "task-unified-..%5C..%5Ccredits", "task-unified-x%3Fa=b"),
-    *("task-unified-x%23", "task-unified-x;a=b", "task-unified-x%00", "task-unified-x%0d%0aX:%20y"),
-    *("task-unified-x%20HTTP/1.1", "task-unified-@127.0.0.2", "task-unified-%C3%BC", "../credits"),
-    *("%2e%2e/credits", "..%2Fcredits", "task-unified-x/timeline", "task-unified-"),
-    *("TASK-UNIFIED-x", "task-unified-.."),
+    *(
+        "task-unified-../../v1/credits",
+        "task-unified-/../../credits",
+        "task-unified-%2F..%2F..%2Fcredits",
+        "task-unified-%2e%2e%2fx",
+    ),
+    *(
+        "task-unified-%252F..%252Fcredits",
+        "task-unified-..%5C..%5Ccredits",
+        "task-unified-x%3Fa=b",
+        "task-unified-x%23",
+        "task-unified-x;a=b",
+    ),
+    *(
+        "task-unified-x%00",
+        "task-unified-x%0d%0aX:%20y",
+        "task-unified-x%20HTTP/1.1",
+        "task-unified-@127.0.0.2",
+        "task-unified-%C3%BC",
+    ),
+    *(
+        "../credits",
+        "%2e%2e/credits",
+        "..%2Fcredits",
+        "task-unified-x/timeline",
+        "task-unified-",
+        "TASK-UNIFIED-x",
+        "task-unified-..",
+    ),
 )
 
 

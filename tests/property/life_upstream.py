@@ -12,8 +12,18 @@ from service.upstreams.base import Found, NoAnswer, NotFound, QueryOutcome, Repo
 
 ENDS = ("completed", "failed", "completed", "cancelled", "completed", "empty", "completed", "gone")
 CALLBACKS = (
-    *("truth", "end", "processing", "without id", "unreadable", "another end", "other links"),
-    *("another's id", "nobody's id", "no status", "again", "again"),
+    *(
+        "truth",
+        "end",
+        "processing",
+        "without id",
+        "unreadable",
+        "another end",
+        "other links",
+        "another's id",
+        "nobody's id",
+    ),
+    *("no status", "again", "again"),
 )
 LIES = ("another end", "another's id", "nobody's id")
 CREDITS = 1_500_000

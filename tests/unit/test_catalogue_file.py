@@ -1,4 +1,4 @@
-"""The operator's file: what it may change, and the errors that name file and field."""
+"""The operator's file: what it may change, and the errors that name file, line and field."""
 
 import json
 from pathlib import Path
@@ -73,68 +73,79 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "line", "words"),
     [
-        ('[models.a]\nsource = "x', ("end of document",)),
-        ("[models.a\n", ("line 1",)),
-        ("[models.a]\n\n[models.a]\n", ("line 3",)),
-        ("x = 1\n", ("x",)),
-        ("[models.a]\n# a note\ncolour = 1\n", ("models.a.colour",)),
-        ('[models."a b"]\n', ("a b",)),
-        ("[models.a]\nedits = 1\n", ("models.a.edits", "not 1")),
-        ("[models.a]\n[models.a.price]\nper = 'image'\n", ("models.a.price.credits", "required")),
-        ("[models.a]\nprice = { credits = -1 }\n", ("models.a.price.credits", "0", "-1")),
-        ("[models.a.price]\n\ncredits = 0.0000001\n", ("credits", "6 decimal places")),
-        ("[models.a.price]\ncredits = 1\nper = 'hour'\n", ("models.a.price.per", "hour")),
-        ("[models.a.fields]\nn = { type = 'integer', max = 'x' }\n", ("models.a.fields.n.max",)),
+        ('[models.a]\nsource = "x', 2, ()),
+        ("[models.a\n", 1, ()),
+        ("[models.a]\n\n[models.a]\n", 3, ()),
+        ("x = 1\n", 1, ("x",)),
+        ("[models.a]\n# a note\ncolour = 1\n", 3, ("models.a.colour",)),
+        ('[models."a b"]\n', 1, ("a b",)),
+        ("[models.a]\nedits = 1\n", 2, ("models.a.edits", "not 1")),
+        (
+            "[models.a]\n[models.a.price]\nper = 'image'\n",
+            2,
+            ("models.a.price.credits", "required"),
+        ),
+        ("[models.a]\nprice = { credits = -1 }\n", 2, ("models.a.price.credits", "0", "-1")),
+        ("[models.a.price]\n\ncredits = 0.0000001\n", 3, ("credits", "6 decimal places")),
+        ("[models.a.price]\ncredits = 1\nper = 'hour'\n", 3, ("models.a.price.per", "hour")),
+        ("[models.a.fields]\nn = { type = 'integer', max = 'x' }\n", 2, ("models.a.fields.n.max",)),
         (
             "[models.a.fields]\np = { type='string' }\nn = { type = 'colour' }\n",
+            3,
             ("fields.n", "colour"),
         ),
-        ("[models.a.fields]\nn = { min = 1 }\n", ("models.a.fields.n",)),
-        ("[models.a.fields]\nn = { type = 'integer', pixels = [1, 2] }\n", ("n.pixels",)),
+        ("[models.a.fields]\nn = { min = 1 }\n", 2, ("models.a.fields.n",)),
+        ("[models.a.fields]\nn = { type = 'integer', pixels = [1, 2] }\n", 2, ("n.pixels",)),
         (
             "[models.a.fields]\nn = { type = 'integer', max = 4, default = 5 }\n",
+            2,
             ("models.a.fields.n", "default", "4", "5"),
         ),
-        ("[models.a]\nfields.size = { type = 'size', pixels = [1, 2, 3] }\n", ("size.pixels",)),
-        ("models.a.fields.n = { type = 'integer', max = true }\n", ("n.max",)),
-        ("[models.b]\n[models.a]\nlike = 'c'\n", ("models.a.like", "'c'")),
+        ("[models.a]\nfields.size = { type = 'size', pixels = [1, 2, 3] }\n", 2, ("size.pixels",)),
+        ("models.a.fields.n = { type = 'integer', max = true }\n", 1, ("n.max",)),
+        ("[models.b]\n[models.a]\nlike = 'c'\n", 3, ("models.a.like", "'c'")),
         (
             "[models.a.fields]\nn = { type = 'integer', min = 5, max = 4 }\n",
+            2,
             ("models.a.fields.n", "5 is more than 4"),
         ),
         (
             "[models.a.fields.size]\ntype = 'size'\nside = [9, 8]\n",
+            1,
             ("models.a.fields.size", "side: 9 is more than 8"),
         ),
         (
             "[models.a.fields]\nimage_urls = { type = 'images', formats = ['jpg'] }\n",
+            2,
             ("models.a.fields.image_urls.formats", "jpg", "jpeg"),
         ),
-        ("[models.a.fields]\nn = { type = 'integer', values = [] }\n", ("n.values", "1 item")),
-        ("[models.a.price]\ncredits = 1\nby = 'n'\n", ("models.a.price", "by and values")),
-        ("[models.a.price]\ncredits = 1\npixels = { 0 = 'x' }\n", ("price", "has no x")),
-        ("[models.a.price]\ncredits = 1\npixels = { x = 'x' }\n", ("price.pixels.x",)),
+        ("[models.a.fields]\nn = { type = 'integer', values = [] }\n", 2, ("n.values", "1 item")),
+        ("[models.a.price]\ncredits = 1\nby = 'n'\n", 1, ("models.a.price", "by and values")),
+        ("[models.a.price]\ncredits = 1\npixels = { 0 = 'x' }\n", 1, ("price", "has no x")),
+        ("[models.a.price]\ncredits = 1\npixels = { x = 'x' }\n", 3, ("price.pixels.x",)),
         (
             "[models.a]\n[models.a.price]\ncredits = 1\nby = 'm'\nvalues = { x = 1 }\n",
+            4,
             ("models.a.price.by", "'m'"),
         ),
         (
             "[models.a.fields]\nsize = { type = 'size', only_with = { m = 1 } }\n",
+            2,
             ("models.a.fields.size.only_with.m", "'m'"),
         ),
-        ("[models.a]\nlike = 'b'\n[models.b]\n", ("models.a.like", "'b'")),
+        ("[models.a]\nlike = 'b'\n[models.b]\n", 2, ("models.a.like", "'b'")),
     ],
 )
-def test_a_mistake_is_named_with_file_and_field(
-    tmp_path: Path, text: str, words: tuple[str, ...]
+def test_a_mistake_is_named_with_file_line_and_field(
+    tmp_path: Path, text: str, line: int, words: tuple[str, ...]
 ) -> None:
     """One line of text says where the operator has to look."""
     with pytest.raises(ConfigurationError) as refusal:
         loaded(tmp_path, text)
     message = str(refusal.value)
-    assert message.startswith(f"DARKROOM_CATALOGUE: {tmp_path}/models.toml: ")
+    assert message.startswith(f"DARKROOM_CATALOGUE: {tmp_path}/models.toml, line {line}: ")
     assert all(word in message for word in words), message
     assert "\n" not in message
 

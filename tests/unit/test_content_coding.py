@@ -27,6 +27,7 @@ def raw(data: bytes) -> bytes:
         ("gzip, gzip", gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0)),
         (" gzip , identity", gzip.compress(PLAIN, mtime=0)),
         ("gzip", gzip.compress(PLAIN, mtime=0) + b"behind"),
+        ("gzip", gzip.compress(PLAIN[:9], mtime=0) + gzip.compress(PLAIN[9:], mtime=0)),
         ("", gzip.compress(PLAIN, mtime=0)),
         ('"gzip"', gzip.compress(PLAIN, mtime=0)),
         ("gzip", gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0)),

@@ -60,8 +60,11 @@ def test_retry_after_is_seconds_or_a_date(value: str, wait: float) -> None:
     "value",
     [
         *(None, "", " ", "-5", "1.5", "soon", "1e3", "٣", "²", "\0", "\ud800", "x" * 100_000),
-        *("Sun, 99 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 99999999999999999999 08:50:37 GMT"),
-        *("Sun, 06 Nov 1994 08:50:37 +999999999",),
+        *(
+            "Sun, 99 Nov 1994 08:50:37 GMT",
+            "Sun, 06 Nov 99999999999999999999 08:50:37 GMT",
+            "Sun, 06 Nov 1994 08:50:37 +999999999",
+        ),
     ],
 )
 def test_a_malformed_retry_after_is_ignored(value: str | None) -> None:

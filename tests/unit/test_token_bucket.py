@@ -6,6 +6,7 @@ import asyncio
 import selectors
 from types import SimpleNamespace
 
+import pytest
 from starlette.types import Message
 from structlog.testing import capture_logs
 
@@ -86,16 +87,19 @@ class Loop(asyncio.SelectorEventLoop):
         return self.leaping.now
 
 
-async def hammer(route: CallbackRoute, resources: object, answered: list[float]) -> None:
+async def hammer(
+    route: CallbackRoute, resources: object, headers: dict[str, str], answered: list[float]
+) -> None:
     """A connection that sends wrong tokens one after another. It records the time of each
     response.
     """
     clock = asyncio.get_running_loop().time
     path = {"upstream": "evolink", "task_id": "task_none", "token": "wrong"}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {
         "state": {"context": SimpleNamespace(resources=resources)},
         "path_params": path,
-        "headers": [(b"content-length", b"2")],
+        "headers": raw,
         "request_id": "req_1",
     }
 
@@ -111,7 +115,10 @@ async def hammer(route: CallbackRoute, resources: object, answered: list[float])
         await route(scope, receive, send)
 
 
-def test_connections_that_send_wrong_tokens_are_slowed_down() -> None:
+@pytest.mark.parametrize(
+    "headers", [{"content-length": "2"}, {"content-length": "200000"}], ids=["short", "long"]
+)
+def test_connections_that_send_wrong_tokens_are_slowed_down(headers: dict[str, str]) -> None:
     """Fifty fast connections together get refusals at the rate of the bucket. Each request is
     refused in the end.
     """
@@ -120,7 +127,9 @@ def test_connections_that_send_wrong_tokens_are_slowed_down() -> None:
 
     async def flood() -> None:
         route = CallbackRoute()
-        await asyncio.gather(*(hammer(route, resources, answered) for _ in range(CONNECTIONS)))
+        await asyncio.gather(
+            *(hammer(route, resources, headers, answered) for _ in range(CONNECTIONS))
+        )
 
     with asyncio.Runner(loop_factory=Loop) as runner, capture_logs():
         runner.run(flood())

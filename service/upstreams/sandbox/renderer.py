@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 from functools import cache
 from importlib.resources import files
 
@@ -17,8 +16,7 @@ SAVE: dict[str, dict[str, int]] = {
 }
 SMALLEST = 10
 PAPER = (250, 250, 246)
-# Pieces without a break: a space, a Latin word, one ideograph, each with its punctuation.
-WORD = re.compile(r"\s|(?:[^\s⺀-\U0010ffff]+|.)[，。、；：？！）》」』】〉…,.;:?!)\]}%]*")
+NO_LINE_START = set("，。、；：？！）》」』】〉…,.;:?!)]}%")
 
 
 def draw(name: str, prompt: str, width: int, height: int, format: str) -> bytes:
@@ -101,7 +99,7 @@ def wrapped(text: str, widths: dict[str, float], width: float) -> list[str]:
     lines: list[str] = []
     for paragraph in text.splitlines():
         line, used = "", 0.0
-        for word in WORD.findall(paragraph):
+        for word in words(paragraph):
             if word.isspace():
                 line, used = line + word, used + widths[word]
                 continue
@@ -115,3 +113,17 @@ def wrapped(text: str, widths: dict[str, float], width: float) -> list[str]:
                 line, used = line + character, used + widths[character]
         lines.append(line.rstrip())
     return lines
+
+
+def words(text: str) -> list[str]:
+    """Pieces without a break: a Latin word, a space, one ideograph and its punctuation."""
+    pieces: list[str] = []
+    for character in text:
+        joins = pieces and not character.isspace() and not pieces[-1].isspace()
+        if joins and (
+            character in NO_LINE_START or (ord(character) < 0x2E80 and ord(pieces[-1][-1]) < 0x2E80)
+        ):
+            pieces[-1] += character
+        else:
+            pieces.append(character)
+    return pieces

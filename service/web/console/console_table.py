@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from service.web.console.pages import (
 from service.web.console.sign_in import (
     SIGN_IN,
     VISITOR,
+    LoginLimiter,
     sessions_of,
     show_sign_in,
     sign_in,
@@ -115,7 +117,7 @@ def guarded_page(endpoint: Handler) -> Handler:
     async def guarded(request: Request) -> Response:
         try:
             shedder = context_of(request).shedder
-            with shedder.request(), shedder.body() as request.state.body:
+            with shedder.request(), shedder.bodies.request() as request.state.body:
                 response = await endpoint(request)
         except ERRORS as error:
             response = await error_page(request, error)
@@ -158,9 +160,9 @@ async def error_page(request: Request, error: Exception) -> Response:
 
 
 def console_routes() -> list[Route]:
-    forms = (("GET", SIGN_IN, show_sign_in), ("POST", SIGN_IN, sign_in))
-    pages = ((method, path, guarded_page(endpoint)) for method, path, endpoint in forms)
-    return path_routes([*pages, *((view.method, view.path, page_endpoint(view)) for view in VIEWS)])
+    attempt = guarded_page(partial(sign_in, limiter=LoginLimiter()))
+    forms = [("GET", SIGN_IN, guarded_page(show_sign_in)), ("POST", SIGN_IN, attempt)]
+    return path_routes([*forms, *((view.method, view.path, page_endpoint(view)) for view in VIEWS)])
 
 
 def page_routes(*, console: bool) -> list[Route]:

@@ -13,6 +13,7 @@ from service.errors import ApiError, invalid_request
 from service.net.multipart import FormPart, MultipartForm
 from service.strict_json import check_text
 from service.web.context import context_of
+from service.web.key_shares import address_of
 from service.web.sessions import Session
 
 CSRF, CSRF_HEADER = "csrf", "x-csrf-token"
@@ -44,15 +45,18 @@ async def read_form(request: Request, session: Session, key: str, keep: Keep) ->
     files = kind == "multipart/form-data"
     if not files and kind != "application/x-www-form-urlencoded":
         raise ApiError(415, "unsupported_media_type", "the body must be a form")
-    seconds, most = (FILES_S, MAX_FILES_FORM) if files else (FORM_S, MAX_FORM)
+    shedder, address = context_of(request).shedder, address_of(request.scope.get("client"))
+    shares, held = shedder.bodies, request.state.body
     try:
-        async with asyncio.timeout(seconds), aclosing(limited(request, most)) as chunks:
-            with context_of(request).shedder.arriving(key):
-                return await (
-                    multipart(request, session, chunks, keep)
-                    if files
-                    else urlencoded(request, session, chunks)
-                )
+        async with asyncio.timeout(FILES_S if files else FORM_S) as timer:
+            with shedder.idle(), shares.arriving(held, key, address, timer):
+                most = MAX_FILES_FORM if files else MAX_FORM
+                async with aclosing(limited(request, most)) as chunks:
+                    return await (
+                        multipart(request, session, chunks, keep)
+                        if files
+                        else urlencoded(request, session, chunks)
+                    )
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, "timeout", "the form was not complete in time") from None
     except ValueError as error:
@@ -63,19 +67,16 @@ async def limited(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
+        if not request.headers.get("content-type", "").startswith("multipart"):
+            context_of(request).shedder.bodies.grow(request.state.body, len(chunk))
         if size > most:
             raise ApiError(413, "body_too_large", f"a form has at most {most} bytes")
         yield chunk
 
 
 async def urlencoded(request: Request, session: Session, body: AsyncIterator[bytes]) -> FormFields:
-    text = bytearray()
-    async for chunk in body:
-        request.state.body.grow(len(chunk))
-        text += chunk
-    pairs = parse_qsl(
-        text.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
-    )
+    text = b"".join([chunk async for chunk in body]).decode("ascii")
+    pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
     form = FormFields()
     for name, value in pairs:
         add(form, name, value)

@@ -97,7 +97,7 @@ class Visit:
         }
         inner = Request(scope, before(content, outer.receive))
         check_query(inner, spec)
-        with self.context.shedder.body() as inner.state.body:
+        with self.context.shedder.bodies.request() as inner.state.body:
             return await spec.endpoint(inner)
 
     async def call(self, operation: str, query: Query | None = None, **given: Any) -> JSON:

@@ -8,6 +8,7 @@ nothing, and a token bucket delays a flood of them.
 import asyncio
 import json
 import time
+from contextlib import suppress
 
 import structlog
 from starlette.types import Message, Receive, Scope, Send
@@ -17,14 +18,17 @@ from service.resources import Resources
 from service.tasks.inbox_worker import MAX_BODY, refused
 from service.web.context import Context
 from service.web.error_responses import error_body
-from service.web.middleware import CLOSE
+from service.web.middleware import CLOSE, MAX_DISCARDED
 from service.web.overload import MAX_QUEUED, LogSampler, TokenBucket
 
 log = structlog.get_logger()
 
 BODY_S = 5.0
+# For the rest of a body that is too large. Most senders read the answer after their whole body.
+DISCARD_S = 1.0
 # A body up to here arrives with its request. The server discards it, and the connection lives on.
 SMALL_BODY = 16 * 1024
+MAX_DELAYED_BODIES = 256  # up to 320 KiB each in the server's buffers, 80 MiB in all
 JSON_TYPE, RETRY = (b"content-type", b"application/json"), (b"retry-after", b"1")
 ACCEPTED = b'{"status":"accepted"}'
 REFUSALS = {
@@ -40,6 +44,7 @@ class CallbackRoute:
 
     def __init__(self) -> None:
         self._bucket, self._sampler = TokenBucket(), LogSampler()
+        self._delayed_bodies = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, path = time.monotonic(), scope["path_params"]
@@ -55,9 +60,7 @@ class CallbackRoute:
     async def _refuse_token(
         self, resources: Resources, started: float, scope: Scope, send: Send
     ) -> None:
-        """Does not read the body. Behind a long one, the connection ends, at once: a delay would
-        leave the body in the server's buffers.
-        """
+        """Does not read the body. Behind a long one, the connection ends."""
         resources.metrics.callbacks.labels("wrong_token").inc()
         now = asyncio.get_running_loop().time()
         delay = self._bucket.delay(now)
@@ -66,8 +69,12 @@ class CallbackRoute:
             figures = {"task_id": None, "duration_ms": duration_ms, "withheld": withheld}
             log.warning("callback.refused", reason="wrong_token", **figures)
         long = has_long_body(scope)
-        if delay and not long:
-            await asyncio.sleep(delay)
+        if delay and not (long and self._delayed_bodies >= MAX_DELAYED_BODIES):
+            self._delayed_bodies += long
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                self._delayed_bodies -= long
         await refuse(scope, send, 401, *[CLOSE] * long)
 
     async def _take(
@@ -76,14 +83,15 @@ class CallbackRoute:
         resources, path = context.resources, scope["path_params"]
         upstream, task_id = path["upstream"], path["task_id"]
         try:
-            body = await read_body(receive)
+            found = await read_body(receive)
         except TimeoutError:
             refused(resources, "incomplete", task_id, time.monotonic() - started)
             await refuse(scope, send, 408)
             return
-        if body is None:  # the upstream disconnected, and will send it again
+        if found is None:  # the upstream disconnected, and will send it again
             refused(resources, "disconnected", task_id, time.monotonic() - started)
             return
+        body, more = found
         if context.gate.queued_callbacks > MAX_QUEUED:
             context.shedder.callback_refused()
             await refuse(scope, send, 503, RETRY)
@@ -97,6 +105,8 @@ class CallbackRoute:
         if len(body) <= MAX_BODY:
             await respond(send, 200, ACCEPTED)
         else:
+            if more:
+                await discard(receive)
             await refuse(scope, send, 413)
 
 
@@ -107,9 +117,19 @@ def has_long_body(scope: Scope) -> bool:
     return unknown or int(headers.get(b"content-length", 0)) > SMALL_BODY
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """The whole body, or its beginning once it is over the limit. None: the client disconnected.
-    Raises TimeoutError after 5 s.
+async def discard(receive: Receive) -> None:
+    """Reads the rest of a body, within limits."""
+    left = MAX_DISCARDED
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b"")) if message.get("more_body") else left
+
+
+async def read_body(receive: Receive) -> tuple[bytes, bool] | None:
+    """The whole body, or its beginning once it is over the limit, and whether more of it follows.
+    None: the client disconnected. Raises TimeoutError after 5 s.
     """
     body = bytearray()
     async with asyncio.timeout(BODY_S):
@@ -118,8 +138,9 @@ async def read_body(receive: Receive) -> bytes | None:
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > MAX_BODY or not message.get("more_body", False):
-                return bytes(body)
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY or not more:
+                return bytes(body), more
 
 
 async def refuse(scope: Scope, send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:

@@ -15,7 +15,7 @@ from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.upstreams.catalogue_fields import ImagesField, UnsupportedField
 from service.upstreams.catalogue_images import COMMON, at_most
 from service.web.auth import caller_of
-from service.web.bodies import query_text
+from service.web.bodies import query_text, reader_of
 from service.web.context import context_of, resources_of
 from service.web.list_page import page
 from service.web.routes.image_routes import HEADERS
@@ -50,7 +50,10 @@ async def kept_part(
     if length.isdecimal() and int(length[:20]) > most + AROUND:
         raise too_large(most, f"of {length[:20]} bytes")
     try:
-        async with asyncio.timeout(UPLOAD_S), aclosing(bounded(request, most)) as chunks:
+        async with (
+            asyncio.timeout(UPLOAD_S) as timer,
+            aclosing(bounded(request, timer, most)) as chunks,
+        ):
             form = MultipartForm(request.headers.get("content-type", ""), chunks)
             async with aclosing(form.parts()) as parts:
                 upload = UploadForm(parts)
@@ -106,10 +109,12 @@ def too_large(most: int, size: str) -> ApiError:
     return ApiError(413, "file_too_large", message, param="file")
 
 
-async def bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+async def bounded(
+    request: Request, timer: asyncio.Timeout, most: int
+) -> AsyncGenerator[bytes, None]:
     """The body of a form with a file of at most so many bytes. Raises ApiError 413."""
-    size = 0
-    with context_of(request).shedder.arriving(caller_of(request).key):
+    size, shedder, body = 0, context_of(request).shedder, request.state.body
+    with shedder.idle(), shedder.bodies.arriving(body, *reader_of(request), timer):
         async for chunk in request.stream():
             size += len(chunk)
             if size > most + AROUND:

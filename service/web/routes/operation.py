@@ -88,10 +88,12 @@ def guarded(spec: Spec) -> Handler:
 
     async def endpoint(request: Request) -> Response:
         shedder = context_of(request).shedder
-        await authorise(request)
         if spec.path in OPERATORS:
+            await authorise(request)
             return await checked(request)
-        with shedder.request(), shedder.body() as request.state.body:
+        with shedder.lookup():
+            await authorise(request)
+        with shedder.request(), shedder.bodies.request() as request.state.body:
             return await checked(request)
 
     async def authorise(request: Request) -> None:

@@ -74,7 +74,7 @@ async def submit(request: Request) -> Response:
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
     task_id, new = await accepted(request, key)
-    request.state.body.release()
+    context.shedder.bodies.forget(request.state.body)
     bind_contextvars(task_id=task_id)
     waits = context.shedder.submissions
     if wait_s != 0 and not waits.left(caller.owner, caller.key):

@@ -49,7 +49,7 @@ async def base64(request: Request) -> Response:
                 raise ApiError(400, "invalid_parameter", message) from None
             # The file is on disk. Nothing of the body is in memory while it waits for a decoder.
             del data
-            request.state.body.release()
+            context_of(request).shedder.bodies.forget(request.state.body)
 
         owner, keep = caller_of(request).owner, context_of(request).files.keep
         return await keep(owner, lambda: body.file_name, chunks(), COMMON, param="base64_data")

@@ -1,8 +1,14 @@
-"""The upstream's own responses: credits, models, and its tasks that did not come through here."""
+"""The upstream's own responses: credits, models, and its tasks that did not come through here.
+
+All owners share one account at the upstream, so an id may be another owner's task. A client that
+asks for such a task must not learn that it exists. The service then runs the same statements and
+the same call, but asks the upstream for an id that no task has.
+"""
 
 import json
 import math
 import re
+import secrets
 import time
 
 from starlette.requests import Request
@@ -20,8 +26,9 @@ from service.upstreams.verdicts import refusal_of
 from service.web.context import Context, context_of
 
 SLOT_S = 10.0  # the longest wait for a slot of the concurrency limit
+PREFIX = "task-unified-"
 # No character that a proxy could read as more than a name.
-UPSTREAM_ID = re.compile("task-unified-([0-9]{10}(?=-))?[A-Za-z0-9_-]+")
+UPSTREAM_ID = re.compile(PREFIX + "([0-9]{10}(?=-))?[A-Za-z0-9_-]+")
 NO_TASK = (400, 404, 410, 422)
 ACCOUNT_AGAIN_S = 60
 RETRY_AFTER_S = {429: 60, 503: 30}  # as the upstream documents them, else 5
@@ -45,8 +52,7 @@ async def models(request: Request) -> Response:
 
 
 async def task(context: Context, owner: str | None, task_id: str) -> Response:
-    """A task that was not submitted here, in the upstream's own words. `owner` None: admin. All
-    owners share one account at the upstream, so an id may be another owner's task.
+    """A task that was not submitted here, in the upstream's own words. `owner` None: admin.
 
     Raises ApiError 404 if the upstream has none, it may be another owner's, or the id is invalid.
     Raises 429 and 503 if the upstream did not say.
@@ -54,14 +60,15 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
     match = UPSTREAM_ID.fullmatch(task_id)
     if match is None:
         raise unknown_task()
+    asked, upstream = task_id, DEFAULT_UPSTREAM
     if owner is not None:
         created = int(match[1]) * 1000 if match[1] else None
-        wanted = DEFAULT_UPSTREAM, task_id, owner, created
-        if await context.resources.store.read(task_queries.may_be_anothers, *wanted):
-            raise unknown_task()
-    answer = await _get(context, f"/v1/tasks/{task_id}")
+        query = task_queries.may_be_anothers
+        if await context.resources.store.read(query, upstream, task_id, owner, created):
+            asked = task_id[: max(len(PREFIX), len(task_id) - 8)] + secrets.token_hex(4)
+    answer = await _get(context, f"/v1/tasks/{asked}")
     document, success = read(answer.body), 200 <= answer.status < 300
-    other = isinstance(document, dict) and document.get("id") != task_id
+    other = isinstance(document, dict) and document.get("id") != asked
     if answer.status in NO_TASK or (success and other):
         raise unknown_task()
     if success and document is not None:

@@ -1,5 +1,6 @@
 """The gallery: stored pictures by day, a large view of each, and several of them as one file."""
 
+import io
 import zipfile
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -96,21 +97,26 @@ async def zipped(visit: Visit, blobs: Sequence[tuple[str, str]]) -> AsyncIterato
             with archive.open(name, "w", force_zip64=True) as member:
                 async for chunk in visit.context.resources.blobs.read(blob):
                     member.write(chunk)
-                    yield b"".join(written)
-                    written.clear()
-    yield b"".join(written)
+                    yield written.taken()
+    yield written.taken()
 
 
-class Written(list[bytes]):
-    """The pieces of a file that cannot seek."""
+class Written(io.RawIOBase):
+    """A file that cannot seek. It holds what was written until it is taken."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, data: Any) -> int:
-        self.append(bytes(data))
+        self._pieces.append(bytes(data))
         return len(data)
 
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
+    def taken(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
 
 
 VIEWS = (
