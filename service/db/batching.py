@@ -111,7 +111,9 @@ class BatchingStore(ABC):
     async def look_up(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        """Like `read`, for a query that finds few rows by their keys."""
+        """Like `read`, for a query that finds few rows by their keys. On SQLite the event loop
+        stands still meanwhile, and holders take no turns.
+        """
         return await self.read(query, *args, **kwargs)
 
     def attach(self, workers: Workers) -> None:

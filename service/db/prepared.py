@@ -49,7 +49,7 @@ def run_many(connection: Connection, statement: Any, rows: Sequence[Given]) -> N
 
 
 def begin(connection: Connection, sql: str) -> None:
-    """Begins a transaction with this statement. SQLAlchemy joins it with its first statement."""
+    """Begins a transaction with this statement. SQLAlchemy takes part from its own first one on."""
     if (driver := _driver(connection)) is None:
         connection.begin()
     else:
@@ -77,9 +77,10 @@ def _call(execute: Callable[[str, Any], sqlite3.Cursor], sql: str, values: Any) 
 
 
 def _driver(connection: Connection) -> sqlite3.Connection | None:
-    """None: SQLAlchemy runs the statement, on PostgreSQL or because something listens to it."""
+    """None: SQLAlchemy runs the statement, on PostgreSQL or because a test listens to it."""
+    listened = connection.dispatch.before_cursor_execute or connection.dispatch.commit
     driver: sqlite3.Connection | None = connection.info.get(DRIVER)
-    return None if connection.dispatch.before_cursor_execute else driver
+    return None if listened else driver
 
 
 def _padded(values: list[Any]) -> list[Any]:

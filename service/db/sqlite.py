@@ -3,9 +3,9 @@
 WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and
 checkpoints, because SQLite before 3.51.3 can corrupt a WAL with two writers. Readers are read-only.
 
-Statements of a batch run in the thread of the event loop, and so do reads by keys. A thread of its
-own would wait for the interpreter's lock after each statement. The commit runs there too while the
-disk is quick. A thread waits for a slow disk.
+Statements of a batch run in the thread of the event loop, and so do reads by keys. Another thread
+would wait for the interpreter's lock after each statement. The commit runs there too while the disk
+is quick. A thread waits for a slow disk.
 """
 
 import asyncio

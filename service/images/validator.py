@@ -1,7 +1,8 @@
 """Validates images in child processes: a decoder holds the interpreter's lock, and callbacks must
 not wait for it.
 
-An image that kills its child, or takes too long, costs one attempt of one download. A child gets
+An image that kills its child, or takes too long, costs one attempt of one download, and all
+attempts if its processor time was too much. A child gets
 an environment without the service's secrets. It reads one request per line and writes one answer
 per line, both JSON, and it ends with its input, so it never outlives its parent.
 """
@@ -23,7 +24,9 @@ from service.fair_places import FairPlaces
 from service.images.validated_image import InvalidImage, MeasuredImage, Validation, ValidImage
 
 WALL_S = 120.0
-AT_ONCE = 3  # requests that a child has: it decodes the first, and finds the next in its input
+# Requests that an only child has: it decodes the first, and finds the next in its input. Of several
+# children each has one, so that no image waits behind a slow one beside an idle child.
+AT_ONCE = 3
 # The child's program. The last argument is where it imports from, because its environment is empty.
 CHILD = """import sys
 sys.path[:] = sys.argv.pop().split(":")
@@ -48,7 +51,8 @@ class Child:
         assert self.process.stdin
         assert self.process.stdout
         self._requests, self._answers = self.process.stdin, self.process.stdout
-        os.set_blocking(self._answers.fileno(), False)
+        for pipe in (self._requests, self._answers):
+            os.set_blocking(pipe.fileno(), False)
         self._loop.add_reader(self._answers, self._read)
         self._received = b""
         self._calls: deque[asyncio.Future[JSON | None]] = deque()
@@ -67,10 +71,12 @@ class Child:
         if len(self) == 1:
             self._time()
         with suppress(OSError):  # it has ended, and `_read` finds out
-            self._requests.write(json.dumps(request).encode() + b"\n")
+            if self._requests.write(json.dumps(request).encode() + b"\n") is None:
+                self.end()  # it reads nothing, and the requests of cancelled calls fill the pipe
         try:
             return await call
         except asyncio.CancelledError:
+            self._receive()
             if self._calls and self._calls[0] is call:
                 self.end()
             raise
@@ -85,6 +91,7 @@ class Child:
         """Kills the process. `reason`: what is wrong with the file in hand."""
         if self._answers.closed:
             return
+        self._receive()
         self._loop.remove_reader(self._answers)
         with self.process:  # closes the pipes and waits
             self.process.kill()
@@ -96,17 +103,21 @@ class Child:
             self._answer(None)
 
     def _read(self) -> None:
-        try:
-            received = os.read(self._answers.fileno(), 1 << 16)
-            *lines, self._received = (self._received + received).split(b"\n")
-            for line in lines:
-                self._answer(json.loads(line))
-        except BlockingIOError:
-            return
-        except (OSError, ValueError):
-            received = b""
-        if not received:
+        if not self._receive():
             self.end()
+
+    def _receive(self) -> bool:
+        """Hands out the answers that are there. False: no more will come."""
+        try:
+            while received := os.read(self._answers.fileno(), 1 << 16):
+                *lines, self._received = (self._received + received).split(b"\n")
+                for line in lines:
+                    self._answer(json.loads(line))
+        except BlockingIOError:
+            return True
+        except (OSError, ValueError):
+            pass
+        return False
 
     def _answer(self, answer: JSON | None) -> None:
         if self._calls and not (call := self._calls.popleft()).done():
@@ -117,8 +128,13 @@ class Child:
         """Gives the first call its time."""
         if self._clock is not None:
             self._clock.cancel()
-        reason = f"it was not decoded within {WALL_S:g} s"
-        self._clock = self._loop.call_later(WALL_S, self.end, reason) if self._calls else None
+        late = self._loop.call_later
+        self._clock = late(WALL_S, self._late, self._calls[0]) if self._calls else None
+
+    def _late(self, call: "asyncio.Future[JSON | None]") -> None:
+        self._receive()
+        if self._calls and self._calls[0] is call:
+            self.end(f"it was not decoded within {WALL_S:g} s")
 
 
 class ImageValidator:
@@ -127,7 +143,7 @@ class ImageValidator:
     """
 
     def __init__(self, concurrency: int, max_bytes: int, max_pixels: int) -> None:
-        self._places = FairPlaces(concurrency * AT_ONCE, rest=0)
+        self._places = FairPlaces(AT_ONCE if concurrency == 1 else concurrency, rest=0)
         self._concurrency, self._limits = concurrency, (max_bytes, max_pixels)
         self.children: list[Child] = []
 

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 COMMIT_S = 8.0  # the upstream gives up after 10 s
 MAX_BODY = 256 * 1024
 SIGNAL = "inbox"  # of a commit that added rows
-ROWS = 50  # that one look finds
+ROWS = 50  # that one look finds, and one transaction judges
 LOOK_S, AGAIN_S = 5.0, 0.5  # waits for a signal, and after a failure
 
 
@@ -65,13 +65,17 @@ def waiting_tasks(connection: Connection, held: Collection[str]) -> list[str]:
     return list(connection.execute(oldest.order_by(inbox.c.sequence).limit(ROWS)).scalars())
 
 
-_TAKING = (
-    delete(inbox).where(inbox.c.task_id.in_(bindparam("tasks", expanding=True))).returning(*inbox.c)
+_OLDEST = (
+    select(inbox.c.sequence)
+    .where(inbox.c.task_id.in_(bindparam("tasks", expanding=True)))
+    .order_by(inbox.c.sequence)
+    .limit(ROWS)
 )
+_TAKING = delete(inbox).where(inbox.c.sequence.in_(_OLDEST)).returning(*inbox.c)
 
 
 def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judged]]:
-    """Judges the rows of these tasks and deletes them.
+    """Judges the oldest rows of these tasks and deletes them.
 
     The tasks are locked first. So if two processes judge the same task, the second one finds only
     rows that came after those of the first.

@@ -15,7 +15,7 @@ from service.app import Role
 from service.db.postgres import PostgresStore
 from service.db.tables import inbox
 from service.tasks import inbox_worker
-from service.tasks.inbox_worker import insert_callbacks
+from service.tasks.inbox_worker import Waiting, insert_callbacks, judge_callbacks
 from tests.callbacks import counted, heard, said, verdict
 from tests.upstream import Upstream, failed
 from tests.waiting import wait_until
@@ -76,6 +76,21 @@ async def test_without_a_worker_callbacks_wait_and_a_start_judges_them(tmp_path:
     ]
     started = next(n for n, line in enumerate(lines) if line["event"] == "service.started")
     assert all(lines.index(line) < started for line in of_first)
+
+
+async def test_one_transaction_judges_at_most_fifty_rows(tmp_path: Path) -> None:
+    """Thousands of large ones would stop the event loop for seconds. They keep their order."""
+    upstream = Upstream()
+    [task] = await submitted(tmp_path, upstream, 1)
+    async with world(tmp_path, upstream=upstream.app, role=WEB) as here:
+        for _ in range(120):
+            await sent(here, task["id"], said(task, "processing"))
+        waiting = [row["id"] for row in await rows(here)]
+        resources = here.context.resources
+        item = Waiting(task["id"], resources.upstreams, 1000)
+        judged = [await resources.store.write(judge_callbacks, item) for _ in range(4)]
+    assert [len(each) for each in judged] == [50, 50, 20, 0]
+    assert [callback.id for each in judged for callback, _ in each] == waiting
 
 
 async def test_a_row_that_cannot_be_judged_holds_up_no_other(

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -214,6 +215,66 @@ async def test_a_file_behind_one_that_kills_its_child_goes_to_the_next(
     os.kill(pid, signal.SIGKILL)
     assert (await first).result == InvalidImage("its decoder broke down")
     assert (await second).result == SMALL
+
+
+async def test_an_answer_that_is_there_counts_when_the_child_ends(
+    pool: ImageValidator, file: Path
+) -> None:
+    """The event loop was busy while the child answered and died. No other file is to blame."""
+    pid, first = await waiting(pool, file)
+    [child] = pool.children
+    assert child.process.stdout
+    os.kill(pid, signal.SIGCONT)
+    assert select.select([child.process.stdout], [], [], 30)[0]
+    os.kill(pid, signal.SIGXCPU)
+    child.process.wait()
+    second = await asyncio.create_task(pool.validate(file))
+    assert [(await first).result, second.result] == [SMALL, SMALL]
+
+
+async def test_several_children_have_one_file_each(file: Path) -> None:
+    """A file that would wait behind a slow one goes to the next free child."""
+    async with open_validator(2, 10_000, 10_000) as pool:
+        await asyncio.gather(*(pool.validate(file) for _ in range(2)))
+        slow = pool.children[0].process.pid
+        os.kill(slow, signal.SIGSTOP)
+        calls = [asyncio.create_task(pool.validate(file)) for _ in range(6)]
+
+        async def all_others() -> bool:
+            return sum(call.done() for call in calls) == 5
+
+        await wait_until(all_others)
+        os.kill(slow, signal.SIGCONT)
+        assert [(await call).result for call in calls] == [SMALL] * 6
+
+
+async def test_requests_that_nobody_reads_end_the_child(pool: ImageValidator, file: Path) -> None:
+    """Cancelled calls leave their requests in the pipe. The event loop does not wait for room."""
+    pid, first = await waiting(pool, file)
+    for _ in range(3000):
+        call = asyncio.create_task(pool.validate(file))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+        if first.done():
+            break
+    assert (await first).result == InvalidImage("its decoder broke down")
+    assert gone(pid)
+    assert (await pool.validate(file)).result == SMALL
+
+
+async def test_a_file_that_waited_for_its_turn_is_given_up_too(
+    pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time begins when the file in front of it has its answer."""
+    await pool.validate(file)  # the start of a child takes longer
+    monkeypatch.setattr(validator, "WALL_S", 1.0)
+    pid, first = await waiting(pool, file)
+    os.mkfifo(endless := file.with_name("endless"))  # a reader waits for a writer
+    second = await asked(pool, endless)
+    os.kill(pid, signal.SIGCONT)
+    assert (await first).result == SMALL
+    assert (await second).result == InvalidImage("it was not decoded within 1 s")
 
 
 async def test_a_call_that_is_cancelled_before_its_turn_changes_nothing(
