@@ -118,7 +118,7 @@ class InputResolver:
         self, owner: str, image_id: str, entry: str, place: str, rule: ImagesField
     ) -> NamedInput:
         resources = self.files.resources
-        row = await resources.store.read(shown_image, image_id)
+        row = await resources.store.look_up(shown_image, image_id)
         if row is None or row.owner != owner or row.state != "stored" or row.blob is None:
             raise refusal(f"{place}: {image_id} is no stored image of yours, or it was erased")
         if row.bytes is not None and row.bytes > (most := self.files.most(rule)):

@@ -2,9 +2,9 @@
 not wait for it.
 
 An image that kills its child, or takes too long, costs one attempt of one download, and all
-attempts if its processor time was too much. A child gets
-an environment without the service's secrets. It reads one request per line and writes one answer
-per line, both JSON, and it ends with its input, so it never outlives its parent.
+attempts if its processor time was too much. A child gets an environment without the service's
+secrets. It reads one request per line and writes one answer per line, both JSON, and it ends with
+its input, so it never outlives its parent.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from service.errors import BlobUnavailable
 from service.fair_places import FairPlaces
 from service.images.validated_image import InvalidImage, MeasuredImage, Validation, ValidImage
+from service.strict_json import JSON
 
 WALL_S = 120.0
 # Requests that an only child has: it decodes the first, and finds the next in its input. Of several
@@ -33,7 +33,6 @@ sys.path[:] = sys.argv.pop().split(":")
 from service.images.validator_child import main
 main(int(sys.argv[1]), int(sys.argv[2]))"""
 ROOT = Path(__file__).parents[2]  # where `service` is imported from
-JSON = dict[str, Any]
 
 
 class Child:

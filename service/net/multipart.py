@@ -1,4 +1,6 @@
-"""multipart/form-data (RFC 7578), read in pieces: no part is ever whole in memory."""
+"""multipart/form-data (RFC 7578), read in pieces and written around a file. No part is ever whole
+in memory.
+"""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -79,3 +81,15 @@ class MultipartForm:
             self._buffer += await anext(self._chunks)
         except StopAsyncIteration:
             raise ValueError("the body ends before its last boundary") from None
+
+
+def form_edges(boundary: str, filename: str, media_type: str, **fields: str) -> tuple[bytes, bytes]:
+    """A form with these fields and a file, before and after the content of the file. The file's
+    name is written as in WHATWG HTML, 4.10.22.
+    """
+    name = filename.replace("\n", "%0A").replace("\r", "%0D").replace('"', "%22")
+    parts = [f'name="{field}"\r\n\r\n{value}\r\n' for field, value in fields.items()]
+    parts.append(f'name="file"; filename="{name}"\r\ncontent-type: {media_type}\r\n\r\n')
+    head = f"--{boundary}\r\ncontent-disposition: form-data; "
+    before = "".join(head + part for part in parts)
+    return before.encode("utf-8", "replace"), f"\r\n--{boundary}--\r\n".encode()

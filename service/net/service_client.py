@@ -16,6 +16,7 @@ from urllib.parse import urlencode, urlsplit
 
 from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, NotConnected
+from service.net.multipart import form_edges
 
 if TYPE_CHECKING:
     import ssl
@@ -116,15 +117,3 @@ def _trust(file: str | None, folder: str | None) -> "ssl.SSLContext":
     import certifi
 
     return ssl.create_default_context(cafile=certifi.where())
-
-
-def form_edges(boundary: str, filename: str, media_type: str, **fields: str) -> tuple[bytes, bytes]:
-    """A form with these fields and a file, before and after the content of the file. The file's
-    name is written as in WHATWG HTML, 4.10.22.
-    """
-    name = filename.replace("\n", "%0A").replace("\r", "%0D").replace('"', "%22")
-    parts = [f'name="{field}"\r\n\r\n{value}\r\n' for field, value in fields.items()]
-    parts.append(f'name="file"; filename="{name}"\r\ncontent-type: {media_type}\r\n\r\n')
-    head = f"--{boundary}\r\ncontent-disposition: form-data; "
-    before = "".join(head + part for part in parts)
-    return before.encode("utf-8", "replace"), f"\r\n--{boundary}--\r\n".encode()

@@ -9,8 +9,8 @@ from secrets import token_hex
 
 from service.errors import EgressError
 from service.net.egress_client import Egress
+from service.net.multipart import form_edges
 from service.net.responses import Response, retry_after
-from service.net.service_client import form_edges
 from service.net.transport import Content
 from service.upstreams.base import UpstreamCall
 from service.upstreams.lenient import USUAL_BYTES, document_of, readable, section_of, text_of

@@ -60,11 +60,8 @@ async def _readiness(context: Context) -> tuple[str, list[str]]:
         causes.append("account")
     if await context.resources.store.read(host_refused):
         causes.append("result_hosts")
-    if context.sinks:
-        behind = await context.resources.store.read(sinks_behind, context.sinks)
-        late = context.resources.store.clock() - SINK_LATE_MS
-        if context.sinks_failing() or any(oldest and oldest < late for oldest in behind.values()):
-            causes.append("brokers")
+    if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
+        causes.append("brokers")
     return ("degraded" if causes else "ok"), causes
 
 
@@ -77,6 +74,13 @@ async def _blobs_answer(context: Context) -> bool:
         return False
     free = await _free_bytes(context)
     return free is None or free >= max(1, context.intake.min_free_bytes)
+
+
+async def _sinks_late(context: Context) -> bool:
+    store = context.resources.store
+    behind = await store.read(sinks_behind, context.sinks)
+    late = store.clock() - SINK_LATE_MS
+    return any(oldest is not None and oldest < late for oldest in behind.values())
 
 
 async def _free_bytes(context: Context) -> int | None:

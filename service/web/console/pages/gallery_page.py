@@ -80,7 +80,7 @@ async def download(visit: Visit) -> Response:
     found: list[tuple[str, str]] = []
     for name in names:
         task, image = await picture(visit, name)
-        row = await visit.context.resources.store.read(shown_image, image["id"])
+        row = await visit.context.resources.store.look_up(shown_image, image["id"])
         if row is None or row.blob is None:
             raise ApiError(410, "gone", f"the picture {name} was erased")
         extension = row.blob.rpartition(".")[2]

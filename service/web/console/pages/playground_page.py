@@ -155,7 +155,7 @@ async def reference(visit: Visit, value: str) -> JSON:
         return {"value": value, "src": f"/console/files/{value}/content"}
     resources, row = visit.context.resources, None
     if re.fullmatch(IMAGE_ID, value):
-        row = await resources.store.read(shown_image, value)
+        row = await resources.store.look_up(shown_image, value)
     mine = row is not None and row.owner == visit.caller.owner
     return {"value": value, "src": resources.links.image_path(value) if mine else None}
 
