@@ -1,14 +1,15 @@
 """Jobs that begin together share a query, on a real embedded store."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 from sqlalchemy import Connection
 
+from service.db.batching import BatchingStore
 from service.db.shared_reads import MOST, SharedReads
 from service.resources import new_id
 from tests.stores import open_sqlite
@@ -19,14 +20,22 @@ from tests.waiting import wait_until
 class Rows:
     """Every key but `gone` has a row. A query for `bad` fails, and waits for `goes_on`."""
 
+    store: BatchingStore
     reads: SharedReads[str] = field(init=False)
     asked: list[list[str]] = field(default_factory=list)
-    goes_on: threading.Event = field(default_factory=threading.Event)
+    goes_on: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def query(self, _: Connection, keys: Sequence[str]) -> Mapping[str, str]:
+    async def look_up(
+        self, query: Callable[[Connection, Sequence[str]], Mapping[str, str]], keys: Sequence[str]
+    ) -> Mapping[str, str]:
+        """Takes the place of the store's."""
         self.asked.append(list(keys))
         if "bad" in keys:
-            self.goes_on.wait(30)
+            await self.goes_on.wait()
+        return await self.store.look_up(query, keys)
+
+    def query(self, _: Connection, keys: Sequence[str]) -> Mapping[str, str]:
+        if "bad" in keys:
             raise ValueError("a row that cannot be read")
         return {key: f"row {key}" for key in keys if key != "gone"}
 
@@ -37,8 +46,8 @@ class Rows:
 @pytest.fixture
 async def rows(tmp_path: Path) -> AsyncIterator[Rows]:
     async with open_sqlite(tmp_path / "x.db", process="a", new_id=new_id) as store:
-        made = Rows()
-        made.reads = SharedReads(store, made.query)
+        made = Rows(store)
+        made.reads = SharedReads(cast(BatchingStore, made), made.query)
         yield made
 
 
