@@ -2,7 +2,9 @@
 
 import io
 import re
+import warnings
 import zlib
+from random import Random
 
 import pytest
 from PIL import Image
@@ -205,6 +207,46 @@ def test_a_jpeg_with_further_images_counts_as_its_first() -> None:
     first, last = whole.index(b"\xff\xd9\xff\xd8") + 2, whole.rindex(b"\xff\xda") + 2
     cut = [*range(first - 2), *range(last, len(whole))]
     assert [n for n in cut if not worth_a_retry(check_image(whole[:n], LIMIT))] == []
+
+
+JPEGS: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "no subsampling": {"subsampling": 0},
+}
+
+
+def decodes(data: bytes) -> bool:
+    """Whether Pillow makes every pixel of a JPEG."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            image.load()
+    except Exception:  # noqa: BLE001 - Pillow's decoders raise all kinds of errors
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_damaged_jpeg_gets_the_verdict_of_all_its_pixels(mode: str, kind: str) -> None:
+    """The child decodes an eighth of each side. It must find the same errors."""
+    random = Random(mode + kind)
+    made = io.BytesIO()
+    Image.effect_noise((97, 61), 60).convert(mode).save(made, "JPEG", **JPEGS[kind])
+    scan, verdicts = made.getvalue().index(b"\xff\xda") + 14, set()
+    for _ in range(150):
+        data = bytearray(made.getvalue())
+        for _ in range(random.choice((1, 2, 5))):
+            at, length = random.randrange(scan, len(data)), random.randrange(30)
+            data[at : at + length] = random.randbytes(random.choice((0, length, length + 3)))
+        data += b"\xff\xd9"
+        expected = decodes(bytes(data))
+        with warnings.catch_warnings(action="ignore"):
+            found = check_image(bytes(data), 97 * 61)
+        assert isinstance(found, ValidImage) == expected, bytes(data).hex()
+        verdicts.add(expected)
+    assert verdicts == {True, False}
 
 
 def test_a_lack_of_memory_is_no_verdict_about_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
