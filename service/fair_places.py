@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
-# For whom the work at hand is done: an owner, or a client's address while its key is not verified.
+# The holder of the work at hand: an owner, or a client's address while its key is not verified.
 HOLDER: ContextVar[str] = ContextVar("holder", default="")
 
 

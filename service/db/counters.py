@@ -57,7 +57,7 @@ def numbered_page(
     sees: str | None = None,
     **where: str | None,
 ) -> list[Row] | None:
-    """Rows of a sequence in their order, after the one with this id. None: there is no such row
+    """Rows of a sequence in their order, after the row with this id. None: there is no such row
     that the owner `sees` has.
     """
     statement = matching(select(table), table, **where)

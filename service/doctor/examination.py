@@ -47,7 +47,7 @@ async def _run(check: Check, patient: Patient) -> dict[str, Finding]:
     try:
         async with asyncio.timeout(LIMIT_S):
             return await check(patient)
-    except Exception as error:  # noqa: BLE001 - one check must not hide the findings of the others
+    except Exception as error:  # noqa: BLE001 - a check must not hide other findings
         reason = "no answer in time" if isinstance(error, TimeoutError) else repr(error)[:200]
         found = fault(f"the check failed: {reason}", "look at the log and at docs/doctor.md")
         return {check.__name__.removeprefix("check_"): found}

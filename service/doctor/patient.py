@@ -117,7 +117,7 @@ async def opened_store(settings: Settings, stack: AsyncExitStack) -> BatchingSto
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """What a probe has made. The service may be another user, who could not write into it."""
+    """Removes folders that a probe has made: they are its user's, not those of the service."""
     for folder in folders:
         with suppress(OSError):
             for inside in folder.iterdir():

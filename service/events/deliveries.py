@@ -162,7 +162,7 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
 
 def _is_plain(row: Row, item: DeliveryOutcome, calm: Collection[str]) -> bool:
     """Whether the outcome changes no other row than the delivery's: it arrived at its first
-    attempt, and nobody replayed, ordered or moved it.
+    attempt, and it was not replayed, ordered or moved.
     """
     more = any(row[name] is not None for name in ("cause", "order_key", "replay_id", "planned_at"))
     plain = row["state"] == "pending" and row["endpoint_id"] in calm and not more

@@ -203,8 +203,8 @@ def _bring_forward(
 ) -> None:
     """Makes pending deliveries of these events due, with the whole schedule, as the replay's own.
 
-    A delivery under a lease is being sent already. One that another transaction has locked is being
-    recorded.
+    A delivery under a lease is being sent already. A delivery that another transaction has locked
+    is being recorded.
     """
     columns = deliveries.c
     mine = and_(columns.event_id.in_(event_ids), columns.endpoint_id == endpoint.id)

@@ -72,7 +72,7 @@ class SystemResolver:
             else:
                 self._begin(host, holder)
         look_up = self._running[host]
-        await asyncio.wait([look_up])  # a call that is given up leaves it to the others
+        await asyncio.wait([look_up])  # a call that is given up leaves it to other calls
         return look_up.result()
 
     def _begin(self, host: str, holder: str) -> None:

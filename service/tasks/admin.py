@@ -100,7 +100,7 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
 
     A lost image waits for a fresh link. If the upstream gives no answer, it is asked again for
     `REVIVED_MS`. A task that has ended keeps its state and its event. `task.late_result` tells how
-    many images are stored in the end, and why others are lost.
+    many images are stored in the end, and why the rest is lost.
     """
     rows = lock(tx, items)
     results: list[str | None] = []
