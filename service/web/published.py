@@ -6,6 +6,7 @@ A route that needs no key costs at most 1 ms of the event loop, because stranger
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -36,14 +37,20 @@ def tagged(request: Request, body: bytes, media_type: str, headers: Mapping[str,
 
 
 class Published:
-    """A JSON document. The first request has it built, in a thread: that takes up to 80 ms."""
+    """A JSON document. The first request has it built, in a thread: that takes up to 80 ms.
+    Requests that come meanwhile wait for it.
+    """
 
     def __init__(self, build: Callable[[], JSON]) -> None:
-        self._build, self._body = build, b""
+        self._build, self._body, self._building = build, b"", threading.Lock()
 
     def _made(self) -> bytes:
-        return json.dumps(self._build(), separators=(",", ":"), ensure_ascii=False).encode()
+        with self._building:
+            if not self._body:
+                text = json.dumps(self._build(), separators=(",", ":"), ensure_ascii=False)
+                self._body = text.encode()
+        return self._body
 
     async def answer(self, request: Request) -> Response:
-        self._body = self._body or await asyncio.to_thread(self._made)
-        return tagged(request, self._body, "application/json", {"Cache-Control": "no-cache"})
+        body = self._body or await asyncio.to_thread(self._made)
+        return tagged(request, body, "application/json", {"Cache-Control": "no-cache"})

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
+from starlette.requests import Request
 
 from service.web import asyncapi, openapi
 from service.web.context import Context
+from service.web.published import Published
 from service.web.routes import health_routes, table
 from tests.api import got
 from tests.world import World
@@ -25,6 +28,23 @@ async def test_a_document_is_built_once_per_process(
     answers = await asyncio.gather(*(here.stranger.get(path) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
+
+
+async def test_the_first_requests_at_once_have_the_document_built_once() -> None:
+    """A flood of first requests costs no more than one of them."""
+    built, release = list[threading.Thread](), threading.Event()
+
+    def build() -> dict[str, str]:
+        built.append(threading.current_thread())
+        release.wait(30)
+        return {"a": "b"}
+
+    document, request = Published(build), Request({"type": "http", "headers": []})
+    asking = [asyncio.create_task(document.answer(request)) for _ in range(20)]
+    await asyncio.sleep(0)  # each of them has begun
+    release.set()
+    assert {bytes(answer.body) for answer in await asyncio.gather(*asking)} == {b'{"a":"b"}'}
+    assert len(built) == 1
 
 
 @DOCUMENTS
