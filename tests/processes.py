@@ -58,12 +58,18 @@ def darkroom(
 
 
 class Running:
-    """A command that serves, under the command in `before` if there is one. `address` is the URL
-    that it announced, and `lines` is its output so far, both streams.
+    """A command that serves, under the command in `before` or after the Python text `prelude` if
+    there is one. `address` is the URL that it announced, and `lines` is its output so far, both
+    streams.
     """
 
     def __init__(
-        self, *arguments: str, folder: Path, before: Sequence[str] = (), **environment: str
+        self,
+        *arguments: str,
+        folder: Path,
+        before: Sequence[str] = (),
+        prelude: str = "",
+        **environment: str,
     ) -> None:
         self.lines: list[str] = []
         self._folder = folder
@@ -86,7 +92,7 @@ class Running:
             with TemporaryDirectory() as place:
                 pipe = Path(place) / "output"
                 os.mkfifo(pipe)
-                self.process = forked(arguments, folder, pipe, pipe, environment)
+                self.process = forked(arguments, folder, pipe, pipe, environment, prelude)
                 self._output = pipe.open()  # waits until the process has opened its end
         self._reader = threading.Thread(
             target=self._read,
@@ -140,11 +146,13 @@ class Running:
 
 
 @contextmanager
-def started(*arguments: str, folder: Path, **environment: str) -> Iterator[Running]:
+def started(
+    *arguments: str, folder: Path, prelude: str = "", **environment: str
+) -> Iterator[Running]:
     """A command that serves and has announced its address. The end of the block kills it if it
     still runs.
     """
-    running = Running(*arguments, folder=folder, **environment)
+    running = Running(*arguments, folder=folder, prelude=prelude, **environment)
     try:
         assert running.address
         yield running

@@ -1,5 +1,5 @@
-"""Attacks of one owner or of a stranger, each as a block during which it goes on, and two services
-that get callbacks in turns: the one under attack, and a calm one beside it.
+"""Attacks of one owner or of a stranger, each as a block during which it goes on, and the service
+under attack, which gets callbacks. For a comparison a calm service gets callbacks in turns with it.
 """
 
 import asyncio
@@ -30,17 +30,27 @@ ENDPOINTS = 100
 
 
 @asynccontextmanager
-async def attacked_and_calm(folder: Path) -> AsyncIterator[tuple[Target, Pulse]]:
-    """The one under attack, with tasks whose list is long and a large image, and callbacks."""
-    folders = folder / "attacked", folder / "calm"
-    for each in folders:
-        each.mkdir()
-    async with target(folders[0]) as under, target(folders[1]) as calm:
+async def attacked(folder: Path) -> AsyncIterator[Target]:
+    """The one under attack, with tasks whose list is long and a large image."""
+    async with target(folder) as under:
         notes = [f"{number}" + "x" * 900_000 for number in range(10)]
         await asyncio.gather(*(submitted(under.attacker, note=note) for note in notes))
         under.image = await stored_image(under)
-        async with pulse(under, calm) as measured:
-            yield under, measured
+        yield under
+
+
+@asynccontextmanager
+async def attacked_and_calm(folder: Path) -> AsyncIterator[tuple[Target, Pulse]]:
+    """The one under attack, and callbacks to it and to a calm one."""
+    folders = folder / "attacked", folder / "calm"
+    for each in folders:
+        each.mkdir()
+    async with (
+        attacked(folders[0]) as under,
+        target(folders[1]) as calm,
+        pulse(under, calm) as measured,
+    ):
+        yield under, measured
 
 
 @asynccontextmanager
@@ -87,14 +97,16 @@ def slow_bodies(under: Target) -> AbstractAsyncContextManager[Any]:
 @asynccontextmanager
 async def abandoned_polls(under: Target) -> AsyncIterator[None]:
     """Sent and left, over and over."""
+    begun = asyncio.Event()
 
     async def again() -> None:
         while True:
             async with under.connections(400, under.head(under.attacker, POLL)):
-                pass
+                begun.set()
 
     leaving = asyncio.create_task(again())
     try:
+        await begun.wait()
         yield
     finally:
         leaving.cancel()

@@ -1,16 +1,20 @@
-"""Sends callbacks one after another to two services in turns, from a process of its own, so that
-the work of an attacker in the test's process does not lengthen their times.
+"""Sends callbacks to services from a process of its own, so that the work of an attacker in the
+test's process does not lengthen their times.
 
-The arguments are process, port, path and body of each service. A line of input is a number of
-callbacks. A line of output is the list of their milliseconds, as pairs. The time in which the
-service's main thread, or the thread that commits, waited for a processor does not count: it grows
-with the load of the machine, and more for a busy thread than for an idle one.
+The first argument is how many senders share the callbacks. Each sends one callback after another,
+to the services in turns. The further arguments are process, port, path and body of each service. A
+line of input is a number of callbacks for each service. A line of output is a list for each of
+them: its milliseconds, one number for each service. The time in which the service's main thread, or
+the thread that commits, waited for a processor does not count: it grows with the load of the
+machine, and more for a busy thread than for an idle one.
 """
 
 import json
 import socket
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,14 +60,21 @@ def took(process: str, connection: socket.socket, callback: bytes) -> float:
     return (passed - min(waited, passed)) * 1000
 
 
-def main(*arguments: str) -> None:
+def sender(*arguments: str) -> Callable[[int], list[list[float]]]:
+    """A function that sends so many callbacks to each service, on connections of its own."""
     services = [
         (process, connected(port), request(path, body))
         for process, port, path, body in zip(*(arguments[n::4] for n in range(4)), strict=True)
     ]
-    for line in sys.stdin:
-        times = [[took(*service) for service in services] for _ in range(int(line))]
-        print(json.dumps(times), flush=True)
+    return lambda count: [[took(*service) for service in services] for _ in range(count)]
+
+
+def main(at_once: str, *arguments: str) -> None:
+    senders = [sender(*arguments) for _ in range(int(at_once))]
+    with ThreadPoolExecutor(len(senders)) as threads:
+        for line in sys.stdin:
+            made = [threads.submit(send, int(line) // len(senders)) for send in senders]
+            print(json.dumps([times for each in made for times in each.result()]), flush=True)
 
 
 if __name__ == "__main__":

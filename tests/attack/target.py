@@ -37,21 +37,20 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Pulse:
-    """Callbacks from a process of their own, to the service under attack and to a calm one in
-    turns. Other work of the machine lengthens both, apart from the wait for a processor.
+    """Callbacks from a process of their own, to the service under attack and perhaps to a calm one
+    in turns. Other work of the machine lengthens both, apart from the wait for a processor.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def p99(self, count: int = CALLBACKS) -> tuple[float, float]:
-        """The milliseconds that the slowest hundredth takes: under attack, and in peace."""
+    async def p99(self, count: int = CALLBACKS) -> list[float]:
+        """The milliseconds that the slowest hundredth takes, of each service."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(b"%d\n" % count)
-        pairs = json.loads(await self._process.stdout.readline())
-        attacked, calm = (quantiles(times, n=100)[98] for times in zip(*pairs, strict=True))
-        return attacked, calm
+        taken = json.loads(await self._process.stdout.readline())
+        return [quantiles(times, n=100)[98] for times in zip(*taken, strict=True)]
 
 
 @dataclass(slots=True)
@@ -96,7 +95,10 @@ class Target:
 
     @asynccontextmanager
     async def flood(self, count: int, *requests: bytes) -> AsyncIterator[None]:
-        """So many connections, each of which asks again as soon as it has its answer."""
+        """So many connections, each of which asks again as soon as it has its answer. The block
+        begins with the first answer.
+        """
+        begun = asyncio.Event()
 
         async def ask(request: bytes) -> None:
             while True:  # a connection that the service ends is opened again
@@ -106,11 +108,13 @@ class Target:
                         while True:
                             writer.write(request)
                             await whole_answer(reader)
+                            begun.set()
                     finally:
                         writer.close()
 
         asking = [asyncio.create_task(ask(requests[i % len(requests)])) for i in range(count)]
         try:
+            await begun.wait()
             yield
         finally:
             for each in asking:
@@ -192,13 +196,15 @@ async def stored_image(under: Target) -> str:
 
 
 @asynccontextmanager
-async def target(folder: Path, **settings: str) -> AsyncIterator[Target]:
+async def target(folder: Path, prelude: str = "", **settings: str) -> AsyncIterator[Target]:
     async with AsyncExitStack() as stack:
         upstream = Upstream()
         theirs = await stack.enter_async_context(answering(upstream.app))
         usual = {"SECRET_KEY": SECRET_KEY, "TASK_CALLBACK_NETWORKS": "", **settings}
         environment = service_settings(theirs, folder, **usual)
-        running = stack.enter_context(started("serve", folder=folder, **environment))
+        running = stack.enter_context(
+            started("serve", folder=folder, prelude=prelude, **environment)
+        )
 
         async def client(key: str | None) -> httpx.AsyncClient:
             headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -219,9 +225,9 @@ async def target(folder: Path, **settings: str) -> AsyncIterator[Target]:
 
 
 @asynccontextmanager
-async def pulse(*targets: Target) -> AsyncIterator[Pulse]:
-    """Callbacks to these two services."""
-    arguments: list[str] = []
+async def pulse(*targets: Target, at_once: int = 1) -> AsyncIterator[Pulse]:
+    """Callbacks to these services, so many at once to each."""
+    arguments = [str(at_once)]
     for each in targets:
         task_id, upstream_id = await each.waiting_task()
         body = json.dumps({"id": upstream_id, "status": "processing"})

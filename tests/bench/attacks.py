@@ -24,7 +24,8 @@ async def measured(
         for _ in range(rounds):
             for name in names:
                 async with ATTACKS[name](under):
-                    found[name].append(await pulse.p99())
+                    attacked, calm = await pulse.p99()
+                    found[name].append((attacked, calm))
     return found
 
 
