@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -60,8 +60,13 @@ QUICK = {
     "< 5e9": "< 25e6",
     "< 100$": "< 9999",  # the sandbox gives 10,000
 }
+QUICK_BEATS = """
+from service.upkeep import heartbeats
+
+heartbeats.BEAT_S, heartbeats.SILENT_MS = 0.5, 4000
+"""
 SCRAPING = """
-global: {{scrape_interval: 2s, scrape_timeout: 2s, evaluation_interval: 500ms}}
+global: {{scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 250ms}}
 rule_files: [rules.yaml]
 scrape_configs:
   - job_name: darkroom
@@ -112,15 +117,18 @@ def test_the_dashboard_and_the_rules_name_metrics_that_exist() -> None:
 
 @dataclass(slots=True)
 class Scene:
-    """A service on a small disk with a sandbox and a broker, and the Prometheus that scrapes it."""
+    """A service on a small disk with a sandbox and a broker, and the Prometheus that scrapes it.
+    `fading` names alerts whose faults are over, and which clear once their windows have passed.
+    """
 
     folder: Path
     upstream: str
     broker: BrokerServer | None
     port: int
-    prometheus: str = ""
+    prometheus: str
     running: list[Running] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)  # beside the settings
+    fading: set[str] = field(default_factory=set)
 
     @property
     def url(self) -> str:
@@ -166,31 +174,43 @@ class Scene:
             return answer.json()["data"] if answer.status_code == 200 else None
         return None
 
-    async def firing(self, name: str, fires: bool = True) -> None:
-        """Waits until the alert fires, or until it is clear."""
+    def alerts(self) -> set[str] | None:
+        """The names of the alerts that fire, or None until Prometheus is ready."""
+        found = self.asked("alerts")
+        if found is None:
+            return None
+        return {
+            each["labels"]["alertname"] for each in found["alerts"] if each["state"] == "firing"
+        }
+
+    async def firing(self, name: str) -> None:
+        """Waits until the alert fires."""
+        await wait_until(lambda: name in (self.alerts() or ()), 90)
+
+    async def clear(self, *names: str) -> None:
+        """Waits until none of the alerts fires."""
 
         def told() -> bool:
-            found = self.asked("alerts")
-            if not found:
-                return False
-            names = {
-                each["labels"]["alertname"] for each in found["alerts"] if each["state"] == "firing"
-            }
-            return (name in names) is fires
+            fire = self.alerts()
+            return fire is not None and fire.isdisjoint(names)
 
         await wait_until(told, 90)
-
-    async def clear(self, name: str) -> None:
-        await self.firing(name, fires=False)
 
     async def scraped(self) -> None:
         """Waits until Prometheus has the figures of several scrapes."""
 
         def told() -> bool:
-            found = self.asked("query", query="count_over_time(darkroom_dead_letters[20s]) > 3")
+            found = self.asked("query", query="count_over_time(darkroom_dead_letters[10s]) > 1")
             return bool(found and found["result"])
 
         await wait_until(told, 90)
+
+
+class Observer(NamedTuple):
+    """The port that Prometheus scrapes, and its own address."""
+
+    port: int
+    address: str
 
 
 @contextmanager
@@ -211,7 +231,7 @@ def receiving(port: int) -> Iterator[None]:
 
 
 @contextmanager
-def prometheus(folder: Path, port: int) -> Iterator[str]:
+def prometheus(folder: Path, port: int) -> Iterator[Observer]:
     rules = RULES.read_text()
     for pattern, replacement in QUICK.items():
         rules, count = re.subn(pattern, replacement, rules, flags=re.MULTILINE)
@@ -234,13 +254,21 @@ def prometheus(folder: Path, port: int) -> Iterator[str]:
         missing("prometheus")
     with process:
         try:
-            yield f"http://127.0.0.1:{listen}"
+            yield Observer(port, f"http://127.0.0.1:{listen}")
         finally:
             process.kill()
 
 
 @pytest.fixture(scope="module")
-def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def observers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Observer]]:
+    """Two of them. They start at the same time, because each one first scrapes after 5 s."""
+    with ExitStack() as stack:
+        folders = [tmp_path_factory.mktemp("observer") for _ in range(2)]
+        yield [stack.enter_context(prometheus(folder, free_port())) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory, observers: list[Observer]) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("drills")
     with ExitStack() as stack:
         upstream = stack.enter_context(
@@ -248,11 +276,11 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         )
         broker = stack.enter_context(broker_running("nats"))
         stack.enter_context(small_disk(folder / "data", 64))
-        made = Scene(folder, upstream.address, broker, free_port())
+        made = Scene(folder, upstream.address, broker, *observers[0])
         made.start()
         stack.callback(made.stop)
-        made.prometheus = stack.enter_context(prometheus(folder, made.port))
         yield made
+        asyncio.run(made.clear(*made.fading))  # here, so that the windows pass at the same time
 
 
 @pytest.fixture
@@ -306,7 +334,7 @@ async def test_dead_letters(scene: Scene) -> None:
         scene.run("bulk", "deliveries", "--endpoint", identifier, "--yes")
         mine = ("deliveries", "list", "--endpoint", identifier, "--state", "delivered", "--json")
         await wait_until(lambda: len(json.loads(scene.run(*mine))["data"]) == 2)
-        await scene.clear("DarkroomDeadLetters")
+        scene.fading.add("DarkroomDeadLetters")
     scene.run("endpoints", "delete", identifier)
 
 
@@ -317,7 +345,7 @@ async def test_callbacks_with_wrong_tokens(scene: Scene) -> None:
             assert (await stranger.post(path, json={"id": "x"})).status_code in (401, 429)
     await scene.firing("DarkroomCallbacksRefused")
     await wait_until(lambda: "wrong_token" in str(scene.running[-1].logged("callback.refused")))
-    await scene.clear("DarkroomCallbacksRefused")
+    scene.fading.add("DarkroomCallbacksRefused")
 
 
 async def test_an_account_that_is_refused(scene: Scene) -> None:
@@ -352,7 +380,7 @@ async def test_a_budget_that_is_used_up(scene: Scene) -> None:
     assert "ann" in scene.run("budgets", "list")
     scene.run("budgets", "set", "ann", "100/day")
     assert scene.submit(key).status_code == 200
-    await scene.clear("DarkroomBudgetExhausted")
+    scene.fading.add("DarkroomBudgetExhausted")
 
 
 async def test_few_credits(scene: Scene) -> None:
@@ -402,7 +430,7 @@ async def test_a_worker_that_meets_an_exception(scene: Scene) -> None:
         await wait_until(lambda: task in str(scene.running[-1].logged("worker.failed")))
         db.execute("UPDATE tasks SET inputs = NULL WHERE id = ?", (task,))
         db.commit()
-    await scene.clear("DarkroomWorkerFaults")
+    scene.fading.add("DarkroomWorkerFaults")
     await wait_until(lambda: "failed" in scene.run("task", task))
 
 
@@ -412,7 +440,7 @@ async def test_a_store_that_does_not_commit(scene: Scene) -> None:
         await wait_until(lambda: scene.submit().status_code == 503)
         await scene.firing("DarkroomStoreFailing")
         db.rollback()
-    await scene.clear("DarkroomStoreFailing")
+    scene.fading.add("DarkroomStoreFailing")
 
 
 async def test_clients_that_are_shed(scene: Scene) -> None:
@@ -437,27 +465,30 @@ async def test_clients_that_are_shed(scene: Scene) -> None:
         await wait_until(shed)
     await wait_until(lambda: scene.running[-1].logged("http.shed"))
     await scene.firing("DarkroomShedding")
-    await scene.clear("DarkroomShedding")
+    scene.fading.add("DarkroomShedding")
 
 
-async def test_no_worker_and_late_deliveries(postgres_url: str, tmp_path: Path) -> None:
+async def test_no_worker_and_late_deliveries(
+    postgres_url: str, tmp_path: Path, observers: list[Observer]
+) -> None:
     """The only worker is killed while a delivery waits for its retry. The web process goes on."""
     with ExitStack() as stack:
         upstream = stack.enter_context(sandbox("--delay", "0", folder=tmp_path))
         more = {
             "DATABASE_URL": postgres_url,
             "SECRET_KEY": "k" * 64,
-            "DELIVERY_SCHEDULE": ",".join(["3"] * 20),
-            "PORT": str(free_port()),
+            "DELIVERY_SCHEDULE": ",".join(["2"] * 30),
+            "PORT": str(observers[1].port),
         }
         settings = service_settings(upstream.address, tmp_path, **more)
         own = settings | {"DARKROOM_PORT": "0"}
-        stack.enter_context(started("serve", "--no-worker", folder=tmp_path, **settings))
-        worker = Running("worker", folder=tmp_path, **own)
+        stack.enter_context(
+            started("serve", "--no-worker", folder=tmp_path, prelude=QUICK_BEATS, **settings)
+        )
+        worker = Running("worker", folder=tmp_path, prelude=QUICK_BEATS, **own)
         stack.callback(lambda: worker.process.poll() is None and worker.process.kill())
         assert worker.address
-        scene = Scene(tmp_path, upstream.address, None, int(more["PORT"]))
-        scene.prometheus = stack.enter_context(prometheus(tmp_path, scene.port))
+        scene = Scene(tmp_path, upstream.address, None, *observers[1])
         await scene.scraped()
         scene.run("endpoints", "create", f"http://127.0.0.1:{free_port()}/")
         scene.submit(sandbox={"fail": "service_error"})
@@ -467,6 +498,6 @@ async def test_no_worker_and_late_deliveries(postgres_url: str, tmp_path: Path) 
         await scene.firing("DarkroomDeliveriesLate")
         await scene.firing("DarkroomNoWorker")
         assert "workers" in scene.run("doctor", code=1)
-        stack.enter_context(started("worker", folder=tmp_path, **own))
+        stack.enter_context(started("worker", folder=tmp_path, prelude=QUICK_BEATS, **own))
         await scene.clear("DarkroomNoWorker")
         await scene.clear("DarkroomDeliveriesLate")

@@ -90,7 +90,7 @@ def watched(machine: Machine, collector: Collector, tmp_path: Path) -> Iterator[
     machine.shell.type(f"export OTEL_EXPORTER_OTLP_ENDPOINT={collector.url}")
     port = machine.shell.ports["serve"]
     with ExitStack() as stack:
-        yield Scene(tmp_path, "", None, port, stack.enter_context(prometheus(tmp_path, port)))
+        yield Scene(tmp_path, "", None, *stack.enter_context(prometheus(tmp_path, port)))
 
 
 def runbook(name: str) -> str:
