@@ -5,6 +5,7 @@ from outside. DARKROOM_TEST_EACH=3 runs three tasks of each behaviour.
 import asyncio
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,15 +29,33 @@ SETTINGS = {
     "SUBMIT_SCHEDULE": "0.2,0.5,1",
     "SUBMIT_TIMEOUT_S": "10",
     "SUBMIT_GIVE_UP_S": "60",
-    "UNCERTAIN_AFTER_S": "25",
-    "QUERY_TIMEOUT_S": "6",
+    "UNCERTAIN_AFTER_S": "60",
+    "QUERY_TIMEOUT_S": "4",
     "RECONCILE_AFTER_S": "3",
-    "NO_RESULTS_AFTER_S": "25",
-    "DOWNLOAD_SCHEDULE": "0.2,0.5,1",
+    "NO_RESULTS_AFTER_S": "60",
+    "DOWNLOAD_SCHEDULE": "0.2",
+    "TEST_LEASE_MS": "600000",  # no job loses its lease while the machine sleeps
     "MAX_IMAGE_BYTES": str(MAX_BYTES),
     "MAX_IMAGE_PIXELS": str(MAX_PIXELS),
 }
+# A stalled file is given up after 4 s. On a signal, the clock goes on as if the machine had slept.
+PRELUDE = """
+import signal
+from service.db.clock import SteadyClock
+from service.images import download_worker
+
+download_worker.IDLE_S = 4.0
+slept, clock = [], SteadyClock.__call__
+signal.signal(signal.SIGUSR1, lambda *_: slept.append(60_000))
+SteadyClock.__call__ = lambda self: clock(self) + sum(slept)
+"""
 PATIENCE_S, LATE_S = 150, 30
+# What the service logs of tasks with these codes before only time decides them.
+WAITING = {
+    "submission_uncertain": "task.submission_uncertain",
+    "no_results": "task.results_awaited",
+    "results_lost": "task.results_awaited",
+}
 LOUD = {
     "image.lost",
     "task.submission_retried",
@@ -102,19 +121,34 @@ def task_of(answer: httpx.Response, prompt: str) -> str:
     return str(answer.json()["error"]["task_id"])
 
 
+def only_waits(upstream: Upstream, service: Running, task_id: str, prompt: str) -> bool:
+    """Whether nothing but time ends the task."""
+    code = behaviour(prompt).code
+    if code == "not_submitted":
+        return len(upstream.submissions[prompt]) > 2
+    logged = service.logged(WAITING[code]) if code in WAITING else ()
+    return any(line.get("task_id") == task_id for line in logged)
+
+
 async def followed(
-    client: httpx.AsyncClient, upstream: Upstream, prompts: Mapping[str, str]
+    client: httpx.AsyncClient, upstream: Upstream, service: Running, prompts: Mapping[str, str]
 ) -> None:
     """Reads the events until every task has ended, and tells the upstream what the application
-    knows so far.
+    knows so far. The machine sleeps once all other tasks have ended.
     """
     after: dict[str, str] = {}
     running = set(prompts)
+    slept = False
     with suppress(TimeoutError):  # the comparison below reports tasks that have not ended
         async with asyncio.timeout(PATIENCE_S):
             while running:
+                if not slept and all(
+                    only_waits(upstream, service, task_id, prompts[task_id]) for task_id in running
+                ):
+                    service.signal(signal.SIGUSR1)
+                    slept = True
                 page = (
-                    await client.get("/v1/events", params={"limit": 1000, "wait": 2, **after})
+                    await client.get("/v1/events", params={"limit": 1000, "wait": 1, **after})
                 ).json()
                 after = {"after": page["next_after"]}
                 for event in page["data"]:
@@ -241,7 +275,7 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
         for prompt in orders:
             upstream.order(prompt)
         settings = service_settings(upstream.base, tmp_path, **SETTINGS)
-        with started("serve", folder=tmp_path, **settings) as service:
+        with started("serve", folder=tmp_path, prelude=PRELUDE, **settings) as service:
             async with httpx.AsyncClient(
                 base_url=service.address, headers=auth, timeout=90, limits=limits, trust_env=False
             ) as client:
@@ -250,7 +284,7 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
                     task_of(answer, prompt): prompt
                     for answer, prompt in zip(answers, orders, strict=True)
                 }
-                await followed(client, upstream, prompts)
+                await followed(client, upstream, service, prompts)
                 await late(client, service, prompts)
                 await upstream.repeat()
                 outcomes = await seen(client, upstream, service, prompts)
