@@ -131,8 +131,12 @@ class Shell:
 
 
 @contextmanager
-def terminal(folder: Path, upstream: str, **settings: str) -> Iterator[Shell]:
-    """A shell whose `.env` lets a service run on loopback with that upstream."""
+def terminal(
+    folder: Path, upstream: str, *, whole: bool = False, **settings: str
+) -> Iterator[Shell]:
+    """A shell whose `.env` lets a service run on loopback with that upstream. With `whole` it
+    starts like a user's.
+    """
     port = free_port()
     given = service_settings(upstream, folder, PORT=str(port), **settings)
     taken = ("EVOLINK_API_KEY", "CALLBACK_URL")  # the pages set these variables themselves
@@ -151,7 +155,7 @@ def terminal(folder: Path, upstream: str, **settings: str) -> Iterator[Shell]:
         "https://hooks.example": f"http://127.0.0.1:{port}",
         "/backups/": f"{folder}/",
     }
-    with quick_program(folder) as programs:
+    with quick_program(folder, whole=whole) as programs:
         shell = Shell(folder, programs, words, {"serve": port})
         try:
             yield shell
@@ -161,7 +165,7 @@ def terminal(folder: Path, upstream: str, **settings: str) -> Iterator[Shell]:
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with sandbox(folder=tmp_path_factory.mktemp("upstream")) as running:
+    with sandbox("--delay", "0.1", folder=tmp_path_factory.mktemp("upstream")) as running:
         yield running.address
 
 
@@ -172,7 +176,7 @@ def test_the_first_steps_of_the_readme(tmp_path: Path, upstream: str) -> None:
     receiver = free_port()
     (code,) = [code for language, code in FENCE.findall(README.read_text()) if language == "python"]
     (tmp_path / "receiver.py").write_text(code.replace("9000", str(receiver)))
-    with terminal(tmp_path, upstream) as shell:
+    with terminal(tmp_path, upstream, whole=True) as shell:
         shell.words["127.0.0.1:9000"] = f"127.0.0.1:{receiver}"
         shell.run(README)
         assert len(list((tmp_path / "images").iterdir())) == 2
@@ -202,6 +206,8 @@ def test_a_picture_is_edited_as_the_page_says(tmp_path: Path, upstream: str) -> 
     (tmp_path / "photo.png").write_bytes(photo())
     with terminal(tmp_path, upstream) as shell:
         shell.type("echo DARKROOM_EVOLINK_API_KEY=sk-… >> .env")
+        # Without callbacks each task would wait 3 s for its first query.
+        shell.type("echo DARKROOM_CALLBACK_URL=https://darkroom.example >> .env")
         shell.type("darkroom keys create --owner me --scopes submit,read")
         shell.type("export DARKROOM_API_KEY=dk_…")
         shell.type("darkroom serve")
@@ -245,6 +251,7 @@ def test_several_processes_run_as_the_page_says(
             "8081": str(shell.ports["worker"]),
         }
         shell.type("echo DARKROOM_EVOLINK_API_KEY=sk-… >> .env")
+        shell.type("echo DARKROOM_CALLBACK_URL=https://darkroom.example >> .env")
         shell.run(DOCS / "operations.md")
         shell.type("darkroom keys create --owner me --scopes submit,read")
         shell.type("export DARKROOM_API_KEY=dk_…")

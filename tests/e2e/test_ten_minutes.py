@@ -60,12 +60,15 @@ def caddyfile(folder: Path, certificate: Path, backend: str) -> Path:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    """The upstream trusts the certificate of the machine and reaches it."""
+def machine(tmp_path: Path, collector: Collector) -> Iterator[Machine]:  # noqa: F811
+    """The upstream trusts the certificate of the machine and reaches it. The service exports its
+    last spans as it stops, so the collector stays longer.
+    """
     if shutil.which("caddy") is None:
         missing("caddy")
     certificate = self_signed(tmp_path)
-    words = ("--json", "--port", "0", "--api-key", UPSTREAM_KEY, "--allow-networks", LOOPBACK)
+    words = ["--json", "--port", "0", "--api-key", UPSTREAM_KEY, "--allow-networks", LOOPBACK]
+    words += ["--delay", "0.1"]
     with (
         started("sandbox", *words, folder=tmp_path, SSL_CERT_FILE=str(certificate)) as upstream,
         terminal(tmp_path, upstream.address, SUBMIT_SCHEDULE="0.5") as shell,
@@ -81,13 +84,13 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
             "sudo ": "",
         }
         shell.type(f"export SSL_CERT_FILE={certificate}")
+        shell.type(f"export OTEL_EXPORTER_OTLP_ENDPOINT={collector.url}")
         yield Machine(shell, public)
 
 
 @pytest.fixture
-def watched(machine: Machine, collector: Collector, tmp_path: Path) -> Iterator[Scene]:  # noqa: F811
-    """What a collector and Prometheus see of the machine."""
-    machine.shell.type(f"export OTEL_EXPORTER_OTLP_ENDPOINT={collector.url}")
+def watched(machine: Machine, tmp_path: Path) -> Iterator[Scene]:
+    """What Prometheus sees of the machine."""
     port = machine.shell.ports["serve"]
     with ExitStack() as stack:
         yield Scene(tmp_path, "", None, *stack.enter_context(prometheus(tmp_path, port)))
