@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import httpx
 import pytest
+from packaging.requirements import Requirement
 
 from service import VERSION
 from tests.environment import ROOT, START_S, clean_environment
@@ -23,6 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 DOCKERFILE = re.sub(r"\\\n", "", (ROOT / "Dockerfile").read_text())
 BUILD, FINAL = re.split(r"^FROM .*$", DOCKERFILE, flags=re.MULTILINE)[1:]
+LOCKED = re.compile(
+    r"pip (--python /venv/bin/python )?install --no-deps --require-hashes -r (\S+\.lock)"
+)
 KEY = "admin-key-of-the-image"
 PROMPT = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse"}
 
@@ -47,12 +52,39 @@ def run(command: str, folder: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+def copied(name: str, packages: Path) -> str:
+    """Copies a package of this environment, with its bytecode. Returns its version."""
+    found = metadata.distribution(name)
+    for file in found.files or ():
+        if ".." not in file.parts:  # no scripts
+            (packages / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file.locate(), packages / file)
+    return found.version
+
+
+def installed(lock: Path, packages: Path) -> None:
+    """Does what pip does with a lock. `make setup` made this environment with the same command, and
+    the copy saves what the packages' index costs.
+    """
+    assert f"install --no-deps --require-hashes -r {lock.name}" in (ROOT / "Makefile").read_text()
+    pinned = re.findall(r"^(\S+==.*?) \\$", lock.read_text(), re.MULTILINE)
+    assert pinned
+    for each in map(Requirement, pinned):
+        if each.marker is None or each.marker.evaluate():
+            assert each.specifier.contains(copied(each.name, packages)), each
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of the image's build stage. Its COPY lines alone bring files of the project in."""
     root = tmp_path_factory.mktemp("image")
     (root / "src").mkdir()
-    subprocess.run([sys.executable, "-m", "venv", root / "base"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "base"], check=True)
+    packages = next((root / "base").glob("lib/python*/site-packages"))
+    copied("pip", packages)
+    pip = root / "base" / "bin" / "pip"
+    pip.write_text(f"#!{root}/base/bin/python\nfrom pip._internal.cli.main import main as m; m()\n")
+    pip.chmod(0o700)
     environment = bare(f"{root}/base/bin", PIP_NO_COMPILE="no")  # a "no" turns the option on
     for word, rest in re.findall(r"^([A-Z]+) (.*)$", BUILD, re.MULTILINE):
         if word == "ENV":
@@ -63,7 +95,11 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 copy(ROOT / source, root / "src" / source)
         elif word == "RUN":
             command = re.sub(r"(?<=[ =])/(venv|data|wheel)\b", rf"{root}/\1", rest)
-            run(command, root / "src", environment)
+            if found := LOCKED.fullmatch(rest):
+                place = root / ("venv" if found[1] else "base")
+                installed(root / "src" / found[2], next(place.glob("lib/python*/site-packages")))
+            else:
+                run(command, root / "src", environment)
     return root
 
 
