@@ -79,7 +79,7 @@ async def ended(process: Launched) -> None:
 
 async def broken(folder: Path, shop: Subscriber, settings: dict[str, Any]) -> list[str]:
     """The ids of events whose deliveries are dead. Their endpoint works again."""
-    shop.answer = lambda _n, _request: Response(status_code=503)
+    shop.answer = lambda _n, _request: Response(status_code=500)
     async with world(folder, delivery_schedule=(0.05,), **settings) as here:
         got(await here.client.post("/v1/endpoints", json={"url": shop.url}), 201)
         ids = await emitted(here.context.resources.store, EVENTS, owner="admin")
