@@ -3,7 +3,7 @@
 import pytest
 from playwright.async_api import Browser, expect
 
-from tests.browser.people import NARROW, WIDTHS, complaints, person
+from tests.browser.people import HEIGHT, NARROW, WIDE, WIDTHS, complaints, person
 from tests.world import ADMIN_KEY, World
 
 
@@ -46,17 +46,16 @@ async def test_everything_works_without_scripts(browser: Browser, here: World) -
         await page.wait_for_url("**/console/playground")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-async def test_axe_finds_nothing_serious_on_any_page(
-    browser: Browser, here: World, width: int
-) -> None:
-    """Every page of the navigation with one task in the store, and the API's documentation. No page
-    is wider than the window.
+async def test_axe_finds_nothing_serious_on_any_page(browser: Browser, here: World) -> None:
+    """Every page of the navigation with one task in the store, and the API's documentation, at both
+    widths. No page is wider than the window.
     """
     await here.ended((await here.submit())["id"])
-    async with person(browser, here, width) as page:
+    async with person(browser, here, WIDE) as page:
         await page.goto("/console/playground")
         links = page.locator("nav.wide a")
         for path in [await link.get_attribute("href") or "" for link in await links.all()]:
             await page.goto(path)
-            assert (path, await complaints(page)) == (path, [])
+            for width in WIDTHS:
+                await page.set_viewport_size({"width": width, "height": HEIGHT})
+                assert (path, width, await complaints(page)) == (path, width, [])
