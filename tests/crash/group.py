@@ -164,11 +164,13 @@ def token(task_id: str) -> str:
 
 
 @asynccontextmanager
-async def groups(folder: Path, server: str, database: str | None = None) -> AsyncIterator[Group]:
+async def groups(
+    folder: Path, server: str, template: str = "template1", database: str | None = None
+) -> AsyncIterator[Group]:
     """A group without processes. `database` is the address of an existing database. Without it, the
-    group makes a new one on the server.
+    group makes a copy of the template on the server.
     """
-    async with benches(folder, server) as bench, AsyncExitStack() as stack:
+    async with benches(folder, server, template) as bench, AsyncExitStack() as stack:
         url = (
             database if database is not None else await stack.enter_async_context(bench.database())
         )

@@ -52,7 +52,7 @@ async def test_a_failover_loses_nothing(tmp_path: Path, pair: Pair) -> None:
         )
 
     await wait_until(synchronous, PATIENCE_S)
-    async with groups(tmp_path, "", url) as group:
+    async with groups(tmp_path, "", database=url) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]
         load = await loaded(web.client, 30)
         group.accepted |= {task["id"] for task in load.tasks}

@@ -21,11 +21,13 @@ LISTENS = "(query ILIKE 'LISTEN%' OR query LIKE 'SELECT pid FROM (%')"
 CONNECTIONS = COMMITTERS + READERS + 1
 
 
-async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_server: str) -> None:
+async def test_work_moves_when_its_process_is_killed(
+    tmp_path: Path, postgres_server: str, postgres_template: str
+) -> None:
     """One of two web processes and one of two workers die in the middle of their work. Another
     worker claims that work after the lease has expired, and submits nothing twice.
     """
-    async with groups(tmp_path, postgres_server) as group:
+    async with groups(tmp_path, postgres_server, postgres_template) as group:
         web, other = [await group.start(WEB) for _ in range(2)]
         doomed = await group.start(WORKER, TEST_KILL="settle.answered:3")
         await asyncio.gather(
@@ -54,11 +56,13 @@ async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_se
         group.alive()
 
 
-async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_server: str) -> None:
+async def test_hints_that_are_lost_only_cost_time(
+    tmp_path: Path, postgres_server: str, postgres_template: str
+) -> None:
     """The test cuts the listening connections off again and again. The workers find due work by
     polling, and then listen again.
     """
-    async with groups(tmp_path, postgres_server) as group:
+    async with groups(tmp_path, postgres_server, postgres_template) as group:
         web, *_ = [await group.start(role) for role in (WEB, WORKER)]
         async with terminating(group.database, LISTENS):
             await asyncio.gather(*(group.order(web, number) for number in range(5)))
@@ -81,12 +85,12 @@ async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_serve
 
 
 async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(
-    tmp_path: Path, postgres_server: str
+    tmp_path: Path, postgres_server: str, postgres_template: str
 ) -> None:
     """While the lock is held, the service answers a callback with 503 before the sender's timeout,
     and `/readyz` with 503. Both recover when the lock ends.
     """
-    async with groups(tmp_path, postgres_server) as group:
+    async with groups(tmp_path, postgres_server, postgres_template) as group:
         web = await group.start(WEB)
         task = {"id": await group.order(web, 0), "upstream_id": "task-unified-1"}
         stranger = await asyncpg.connect(group.database)
@@ -122,12 +126,12 @@ async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(
 
 
 async def test_more_load_than_connections_waits_its_turn(
-    tmp_path: Path, postgres_server: str
+    tmp_path: Path, postgres_server: str, postgres_template: str
 ) -> None:
     """A process opens a bounded number of connections. Further requests queue for one, and each
     gets an answer.
     """
-    async with groups(tmp_path, postgres_server) as group:
+    async with groups(tmp_path, postgres_server, postgres_template) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]
         counts: list[int] = []
 
@@ -144,7 +148,9 @@ async def test_more_load_than_connections_waits_its_turn(
             reading = [web.client.get("/v1/tasks") for _ in range(100)]
             answers, _ = await asyncio.gather(
                 asyncio.gather(*reading),
-                asyncio.gather(*(group.order(web, number) for number in range(40))),
+                asyncio.gather(
+                    *(group.order(web, number) for number in range(2 * CONNECTIONS + 2))
+                ),
             )
         finally:
             counting.cancel()

@@ -58,11 +58,13 @@ async def schema(database: str) -> str:
     return str(revision)
 
 
-async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: str) -> None:
+async def test_old_and_new_work_side_by_side(
+    tmp_path: Path, postgres_server: str, postgres_template: str
+) -> None:
     """The next version migrates under load. The service refuses no request and no work fails. The
     old processes stop when the new version is running.
     """
-    async with groups(tmp_path, postgres_server) as group:
+    async with groups(tmp_path, postgres_server, postgres_template) as group:
         # A busy machine lets neither a lease nor a submission run out of time.
         slow = {"TEST_LEASE_MS": "20000", "SUBMIT_TIMEOUT_S": "60"}
         web, worker = [await group.start(role, **slow) for role in (WEB, WORKER)]
@@ -106,12 +108,12 @@ async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: st
 
 
 async def test_a_migration_that_must_wait_lets_callbacks_pass(
-    tmp_path: Path, postgres_server: str
+    tmp_path: Path, postgres_server: str, postgres_template: str
 ) -> None:
     """Another session reads the table for long, as a dump does. The migration retries again and
     again, and its lock never blocks a callback for long.
     """
-    async with groups(tmp_path, postgres_server) as group:
+    async with groups(tmp_path, postgres_server, postgres_template) as group:
         web = await group.start(WEB)
         load = await loaded(web.client, 5, worker=False)
         reader = await asyncpg.connect(group.database)
