@@ -34,6 +34,7 @@ LOG = "service.log"
 IMPORTED = (
     "PIL.PngImagePlugin",
     "alembic.command",
+    "alembic.config",
     "asyncpg",
     "encodings.idna",
     "nats",
@@ -46,6 +47,7 @@ IMPORTED = (
     "service.upstreams.sandbox",
     "service.web.server",
     "sqlalchemy.dialects.postgresql.asyncpg",
+    "sqlalchemy.dialects.sqlite",
     "standardwebhooks",
     "uvicorn.lifespan.on",
     "uvicorn.main",
