@@ -1,5 +1,6 @@
 """Sends a burst of callbacks from a process of its own, as the upstream does: `python -m
-tests.overload ADDRESS FILE CONNECTIONS PATIENCE`.
+tests.overload ADDRESS FILE CONNECTIONS PATIENCE`. It prints a line when it begins, and one with the
+results.
 
 Each line of FILE is a request, `{"path", "body"}`. All connections start at once and share the
 requests. A connection sends its next request when it has the answer to the last one. A request
@@ -167,4 +168,5 @@ if __name__ == "__main__":
     prebuilt = [
         request_bytes(**json.loads(line)) for line in Path(sys.argv[2]).read_text().splitlines()
     ]
+    print("begun", flush=True)
     print(json.dumps(burst(sys.argv[1], prebuilt, int(sys.argv[3]), float(sys.argv[4]))))

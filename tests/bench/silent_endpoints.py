@@ -24,7 +24,7 @@ from tests.silence import silence
 from tests.waiting import wait_until
 from tests.world import Received, World, subscriber, world
 
-SILENT, EVENTS, MEASURED = 1000, 3, 50
+SILENT, EVENTS, MEASURED, QUICK = 1000, 3, 50, 5
 
 
 async def subscribe(here: World, owner: str, url: str, count: int) -> None:
@@ -60,9 +60,9 @@ class Timed:
         self._owner = owner
         self._arrivals = arrivals
 
-    async def p99(self) -> float:
+    async def p99(self, count: int = MEASURED) -> float:
         times = []
-        for _ in range(MEASURED):
+        for _ in range(count):
             began = time.perf_counter()
             (event,) = await emitted(self._store, 1, owner=self._owner)
             async with asyncio.timeout(30):
@@ -70,13 +70,15 @@ class Timed:
                     self._arrivals.seen.clear()
                     await self._arrivals.seen.wait()
             times.append(self._arrivals.times[event] - began)
-        return sorted(times)[MEASURED * 99 // 100 - 1]
+        return sorted(times)[count * 99 // 100 - 1]
 
 
 @asynccontextmanager
-async def silenced(folder: Path, attackers: int) -> AsyncIterator[tuple[Timed, Timed, set[Any]]]:
+async def silenced(
+    folder: Path, attackers: int, count: int = MEASURED
+) -> AsyncIterator[tuple[Timed, Timed, set[Any]]]:
     """A calm owner's events in a service without silent endpoints and in one whose `attackers`
-    share a thousand, and the connections of these that are open.
+    share a thousand, and the connections of these that are open. `count` events warm up each.
     """
     async with AsyncExitStack() as stack:
         shop = await stack.enter_async_context(subscriber())
@@ -95,21 +97,26 @@ async def silenced(folder: Path, attackers: int) -> AsyncIterator[tuple[Timed, T
         await wait_until(lambda: len(held) >= DELIVERIES // 5)
         timed = [Timed(each, "victim", arrivals) for each in (calm, here)]
         for one in timed:
-            await one.p99()  # the first requests open connections
+            await one.p99(count)  # the first requests open connections
         yield timed[0], timed[1], held
 
 
-async def measured(folder: Path, attackers: int, rounds: int) -> list[str]:
-    """A row of the table, in milliseconds."""
-    async with silenced(folder, attackers) as (calm, attacked, _):
-        times = [(await attacked.p99() * 1000, await calm.p99() * 1000) for _ in range(rounds)]
+async def measured(folder: Path, attackers: int, rounds: int, count: int) -> list[str]:
+    """A row of the table, in milliseconds, from so many events of each side in each round."""
+    async with silenced(folder, attackers, count) as (calm, attacked, _):
+        times = [
+            (await attacked.p99(count) * 1000, await calm.p99(count) * 1000) for _ in range(rounds)
+        ]
     return [f"{SILENT} silent endpoints of {attackers} owners", *compared(times)]
 
 
 def silent_endpoints(folder: Path, rounds: int, quick: bool) -> str:
     logging.configure("json", "error")
     counts = (10,) if quick else (1, 10)
-    rows = [asyncio.run(measured(folder / str(count), count, rounds)) for count in counts]
+    rows = [
+        asyncio.run(measured(folder / str(count), count, rounds, QUICK if quick else MEASURED))
+        for count in counts
+    ]
     head = ("p99 from event to arrival, ms", "beside them", "without them", "factor")
     return markdown(head, rows)
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,70 +17,76 @@ import standardwebhooks
 from tests.bench import acknowledgement, scaling
 from tests.bench.acknowledgement import LACKING, ROWS, compile_shim, lacking
 from tests.bench.delivery import KINDS, covered
+from tests.bench.forks import printed
 from tests.bench.peers import contenders
 from tests.bench.peers.kills import judged
 from tests.bench.peers.speed import Result, Scale
 from tests.bench.program import spread, written
 from tests.bench.servers import PICTURES, picture
 from tests.environment import run_module
-from tests.servers import missing
+from tests.servers import missing, postgres_binaries
 
 
 @pytest.mark.timeout(300)
-def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
+def test_the_benchmark_runs_and_prints_its_tables(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     """`make bench` succeeds, prints a line on the machine, fills every row that the machine can
     have, names the others, compares its load with `wrk` or says that it is missing, and leaves no
     files.
     """
-    done = run_module("tests.bench", "--quick", "--folder", str(tmp_path), limit_s=280)
-    assert done.returncode == 0, done.stderr
+    if postgres_binaries():  # to start another server takes longer than the rows
+        server = nullcontext(request.getfixturevalue("postgres_server"))
+        monkeypatch.setattr(acknowledgement, "postgres_running", lambda _: server)
+    told = printed(capsys, "tests.bench", "--quick", "--folder", str(tmp_path))
     assert re.match(
         r"`make bench` on \d+ cores, Python 3\.\d+\.\d+, Linux \S+, SQLite \S+, fdatasync\s\d+\.\d"
         r"\sms\.",
-        done.stdout,
+        told,
     )
     row = r"^\| [^|]+ \| \d+ \|( \d+\.\d \|){2}( \d+\.\d\d \|){2}$"
-    assert len(re.findall(row, done.stdout, re.MULTILINE)) == len(ROWS) - len(lacking())
-    assert all(line in done.stdout.splitlines() for line in lacking().values())
+    assert len(re.findall(row, told, re.MULTILINE)) == len(ROWS) - len(lacking())
+    assert all(line in told.splitlines() for line in lacking().values())
     row = r"^\| [^|]+ \|( \d+\.\d \|){6}$"
-    assert len(re.findall(row, done.stdout, re.MULTILINE)) == len(KINDS)
-    assert re.search(r"^`wrk` (gets \d+ answers|is not installed)", done.stdout, re.MULTILINE)
+    assert len(re.findall(row, told, re.MULTILINE)) == len(KINDS)
+    assert re.search(r"^`wrk` (gets \d+ answers|is not installed)", told, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.timeout(300)
-def test_the_benchmark_of_deliveries_fills_its_table(tmp_path: Path) -> None:
+def test_the_benchmark_of_deliveries_fills_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each number of endpoints has its rates and their ratio. Each event has come once, or the
     benchmark fails.
     """
-    arguments = ("--quick", "--folder", str(tmp_path))
-    done = run_module("tests.bench.deliveries", *arguments, limit_s=280)
-    assert done.returncode == 0, done.stderr
+    told = printed(capsys, "tests.bench.deliveries", "--quick", "--folder", str(tmp_path))
     row = r"^\| (\d+) \| \d+ \| [1-9]\d* \| [1-9]\d* \| \d+\.\d\d \|$"
-    assert re.findall(row, done.stdout, re.MULTILINE) == ["1", "10", "100"]
-    assert re.search(r"^The receiver used at most \d+% of its core", done.stdout, re.MULTILINE)
+    assert re.findall(row, told, re.MULTILINE) == ["1", "10", "100"]
+    assert re.search(r"^The receiver used at most \d+% of its core", told, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.timeout(300)
-def test_the_benchmark_of_attacks_runs() -> None:
+def test_the_benchmark_of_attacks_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Each attack has a row. So has each number of owners with silent endpoints."""
     figures = r"\|( \d+\.\d \|){3}$"
-    done = run_module("tests.bench.attacks", "--quick", limit_s=280)
-    assert done.returncode == 0, done.stderr
-    assert re.search(rf"^\| slow bodies {figures}", done.stdout, re.MULTILINE)
-    done = run_module("tests.bench.silent_endpoints", "--quick", limit_s=280)
-    assert done.returncode == 0, done.stderr
-    assert re.search(rf"^\| 1000 [^|]* 10 owners {figures}", done.stdout, re.MULTILINE)
+    told = printed(capsys, "tests.bench.attacks", "--quick")
+    assert re.search(rf"^\| slow bodies {figures}", told, re.MULTILINE)
+    told = printed(capsys, "tests.bench.silent_endpoints", "--quick")
+    assert re.search(rf"^\| 1000 [^|]* 10 owners {figures}", told, re.MULTILINE)
 
 
 @pytest.mark.timeout(300)
-def test_the_benchmark_of_submissions_runs(tmp_path: Path) -> None:
+def test_the_benchmark_of_submissions_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both tables have all rows, filled with numbers, and nothing is left on the disk."""
-    arguments = ("--quick", "--folder", str(tmp_path))
-    done = run_module("tests.bench.submissions", *arguments, limit_s=280)
-    assert done.returncode == 0, done.stderr
-    number, rows = r"-?\d+\.\d+", done.stdout.splitlines()
+    told = printed(capsys, "tests.bench.submissions", "--quick", "--folder", str(tmp_path))
+    number, rows = r"-?\d+\.\d+", told.splitlines()
     assert rows[0].startswith("`python -m tests.bench.submissions` on ")
     flood = [
         row for row in rows if re.fullmatch(rf"\| [^|]+ \| \d+ \|( {number} \|){{3}} \d+ \|", row)
@@ -98,13 +105,14 @@ def test_the_benchmark_of_memory_runs() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_benchmark_of_downloads_runs(tmp_path: Path) -> None:
+def test_the_benchmark_of_downloads_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The table has every row for both pictures. Without `curl` two of them are missing."""
-    done = run_module("tests.bench.downloads", "--quick", "--folder", str(tmp_path), limit_s=280)
-    assert done.returncode == 0, done.stderr
-    missing = "`curl` is not installed" in done.stdout
+    told = printed(capsys, "tests.bench.downloads", "--quick", "--folder", str(tmp_path))
+    missing = "`curl` is not installed" in told
     assert missing == (shutil.which("curl") is None)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in told.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == (9 if missing else 11)
     assert all(re.fullmatch(r"\| [^|]+ \|( \d+\.\d+ \|){2}", row) for row in rows), rows
     assert not list(tmp_path.iterdir())
