@@ -23,10 +23,15 @@ async def test_a_thousand_silent_endpoints_delay_no_other_owners_delivery(
 ) -> None:
     """Another owner's deliveries arrive within a second. Without shares they would wait for the
     timeout of an attempt, a minute. `tests.bench.silent_endpoints` compares the times.
+
+    Other work of the machine only adds to the times, so the first of three rounds below the limit
+    is the last.
     """
     async with silenced(tmp_path, attackers) as (_, attacked, held):
-        times = [await attacked.p99() for _ in range(3)]
-        assert min(times) < 1, times
+        times: list[float] = []
+        while not times or (len(times) < 3 and times[-1] >= 1):
+            times.append(await attacked.p99())
+        assert times[-1] < 1, times
         assert len(held) <= DELIVERIES * (1 - 0.8**attackers) + attackers
 
 

@@ -74,22 +74,25 @@ async def test_a_reader_that_takes_nothing_is_ended(
         await wait_until(lambda: not server.server_state.tasks)
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
-async def test_a_reader_that_is_slow_gets_everything(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It pauses for less than the limit, and needs several times the limit in all."""
+async def test_readers_that_are_slow_get_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pause for less than the limit, and need several times the limit in all."""
     monkeypatch.setattr(server_protocol, "WRITE_S", 3.0)
-    loop, seen = asyncio.get_running_loop(), 0
-    async with serving() as (host, port, _), asking(host, port, kind) as reader:
-        for _ in range(8):
+    loop = asyncio.get_running_loop()
+
+    async def read(host: str, port: int, kind: str) -> None:
+        seen = 0
+        async with asking(host, port, kind) as reader:
             for _ in range(8):
-                seen += len(await loop.sock_recv(reader, 1 << 18))
-            await asyncio.sleep(0.5)
-        while seen < LENGTH:
-            data = await loop.sock_recv(reader, 1 << 20)
-            assert data
-            seen += len(data)
+                for _ in range(8):
+                    seen += len(await loop.sock_recv(reader, 1 << 18))
+                await asyncio.sleep(0.5)
+            while seen < LENGTH:
+                data = await loop.sock_recv(reader, 1 << 20)
+                assert data
+                seen += len(data)
+
+    async with serving() as (host, port, _):
+        await asyncio.gather(*(read(host, port, kind) for kind in KINDS[:2]))
 
 
 async def test_what_is_left_of_the_last_answer_keeps_no_connection(
