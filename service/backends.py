@@ -1,5 +1,6 @@
 """Opens what the settings name: the store and its keys, images, brokers, the upstream."""
 
+import asyncio
 import os
 import secrets
 import socket
@@ -20,6 +21,7 @@ from service.events.outbox import flush
 from service.folders import keep_private, make_folder, make_private
 from service.links import MAX_LINK, Links
 from service.net.egress_client import Egress, Rules
+from service.net.service_client import usual_trust
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id
@@ -182,7 +184,9 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
 
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
+        certificates = asyncio.create_task(asyncio.to_thread(usual_trust))  # while the store opens
         store, keyring = await enter(open_store_and_keys(settings))
+        await certificates
 
         async def egress(rules: Rules, connections: int = 64) -> Egress:
             return await enter(Egress(rules, connections=connections, on_refused=refused))
