@@ -196,12 +196,9 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         upstream = await egress(rules)
         results = await egress(result_rules(settings), settings.download_concurrency)
         endpoints = await egress(hook_rules("endpoints", settings.endpoint_networks), hooks)
-        task_callbacks = await egress(
-            hook_rules("task_callbacks", settings.task_callback_networks), hooks
-        )
-        inputs = await egress(
-            Rules("inputs", settings.task_callback_networks, redirects=RESULT_REDIRECTS)
-        )
+        networks = settings.task_callback_networks
+        task_callbacks = await egress(hook_rules("task_callbacks", networks), hooks)
+        inputs = await egress(Rules("inputs", networks, redirects=RESULT_REDIRECTS))
         called, key = call_recorder(metrics), upstream_key(settings)
         ttl_s = settings.image_link_ttl_s
         signer = LinkSigner(keyring, ttl_s, wall_clock) if ttl_s else None
