@@ -184,7 +184,8 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
 
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        certificates = asyncio.create_task(asyncio.to_thread(usual_trust))  # while the store opens
+        # They are read while the store opens. The first egress raises what went wrong.
+        certificates = asyncio.gather(asyncio.to_thread(usual_trust), return_exceptions=True)
         store, keyring = await enter(open_store_and_keys(settings))
         await certificates
 

@@ -59,8 +59,8 @@ def darkroom(
 
 class Running:
     """A command that serves, under the command in `before` or after the Python text `prelude` if
-    there is one. `address` is the URL that it announced, and `lines` is its output so far, both
-    streams.
+    there is one, but not both. `address` is the URL that it announced, and `lines` is its output
+    so far, both streams.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Running:
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
         self.process: Forked | subprocess.Popen[str]
+        assert not (prelude and (before or "PYTHONPATH" in environment)), "no fork runs it"
         if before or "PYTHONPATH" in environment:  # another program, or another version of Darkroom
             self.process = subprocess.Popen(
                 [*before, sys.executable, "-m", "service", *arguments],

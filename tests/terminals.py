@@ -1,7 +1,7 @@
 """The program `darkroom` on the PATH of a shell, without the second that its imports take.
 
-The program hands its work to the test, which runs it in a fork of a process with all imports. It
-passes on the signal that ends it.
+The program hands its work to the test, which runs it in a fork of a process with all imports. The
+program passes SIGTERM on to it.
 """
 
 import json

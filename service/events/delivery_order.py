@@ -56,7 +56,7 @@ def is_behind(connection: Connection, row: Row) -> bool:
 
 def _locked(tx: Transaction, first: Select[tuple[str, int | None]]) -> RowMapping | None:
     """The first delivery of these, locked. None: there is none, or a transaction holds its lock.
-    The next one is never locked instead: the end of the first would then pass over it.
+    The second is never locked instead: if the first ends then, its end would skip the second.
     """
     id = tx.connection.execute(first).scalar()
     mine = select(columns.id, columns.due_at, columns.attempts).where(

@@ -39,6 +39,7 @@ END_OF_JPEG = b"\xff\xd9"
 # After a scan: restart markers and stuffed bytes belong to it.
 JPEG_SEGMENT = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # a fill byte is no marker
 FRAME_HEADERS, SCAN_HEADER = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA), 0xDA
+LOSSLESS = re.compile(rb"\xff[\xc3\xcb]")  # headers of frames that do not scale, in no scan
 # Bytes that decode as different coefficients.
 _noise = [hashlib.shake_128(seed).digest(64).replace(b"\xff", b"\x7f") for seed in (b"1", b"2")]
 FILLERS = (bytes(64), *_noise)
@@ -203,7 +204,7 @@ def decode(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> ValidImage
             if pixels > max_pixels:
                 size = f"{width}x{height}, up to frame {frame + 1},"
                 return InvalidImage(f"{size} is over {max_pixels} pixels", final=True)
-            if format == "JPEG":  # every bit is read, and few pixels are made of them
+            if format == "JPEG" and not LOSSLESS.search(data):  # reads every bit, makes few pixels
                 image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
         return ValidImage(media_type(format), width, height)

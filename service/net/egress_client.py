@@ -36,7 +36,7 @@ from service.net.urls import MAX_URL, OddAddress, Target, parse_url
 NOTHING: Mapping[str, str] = MappingProxyType({})
 MAX_ADDRESSES = 64  # of a name, as an attacker may return very many
 MAX_TRIED = 8  # addresses in one call, so that no name makes the service probe dozens of hosts
-CHUNK = 1 << 18  # bytes: each read sets a timer
+CHUNK = 1 << 18  # bytes. Each read sets a timer, so pieces are large
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 KEPT_ACROSS_ORIGINS = frozenset({"accept", "user-agent"})
 

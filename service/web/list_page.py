@@ -81,7 +81,7 @@ async def page(
 async def numbered_list(
     request: Request, table: Table, ids: str, shown: Callable[[Row], JSON], **where: str | None
 ) -> Response:
-    """Rows of a sequence, oldest first, behind the row that the query names in `after`."""
+    """Rows of a sequence, oldest first, after the row that the query names in `after`."""
     limit = query_limit(request)
     after = query_text(request, "after", pattern=ids, such_as="the id of an entry")
     store = resources_of(request).store

@@ -31,7 +31,7 @@ ENDPOINTS = 100
 
 @asynccontextmanager
 async def attacked(folder: Path) -> AsyncIterator[Target]:
-    """The one under attack, with tasks whose list is long and a large image."""
+    """The service under attack, with tasks whose list is long and a large image."""
     async with target(folder) as under:
         notes = [f"{number}" + "x" * 900_000 for number in range(10)]
         await asyncio.gather(*(submitted(under.attacker, note=note) for note in notes))
@@ -41,7 +41,7 @@ async def attacked(folder: Path) -> AsyncIterator[Target]:
 
 @asynccontextmanager
 async def attacked_and_calm(folder: Path) -> AsyncIterator[tuple[Target, Pulse]]:
-    """The one under attack, and callbacks to it and to a calm one."""
+    """The service under attack, and callbacks to it and to a calm service."""
     folders = folder / "attacked", folder / "calm"
     for each in folders:
         each.mkdir()

@@ -63,12 +63,12 @@ def copied(name: str, packages: Path) -> str:
 
 
 def installed(lock: Path, packages: Path) -> None:
-    """Does what pip does with a lock. `make setup` made this environment with the same command, and
-    the copy saves what the packages' index costs.
+    """Copies what pip would install, which saves what the packages' index costs. `make setup` made
+    this environment with the same command, so pip checked the hashes then, and not here.
     """
     assert f"install --no-deps --require-hashes -r {lock.name}" in (ROOT / "Makefile").read_text()
-    pinned = re.findall(r"^(\S+==.*?) \\$", lock.read_text(), re.MULTILINE)
-    assert pinned
+    pinned = re.findall(r"^(\S.*) \\\n +--hash=sha256:", lock.read_text(), re.MULTILINE)
+    assert len(pinned) == len(re.findall(r"^\S", lock.read_text(), re.MULTILINE)) > 0
     for each in map(Requirement, pinned):
         if each.marker is None or each.marker.evaluate():
             assert each.specifier.contains(copied(each.name, packages)), each

@@ -66,7 +66,7 @@ from service.upkeep import heartbeats
 heartbeats.BEAT_S, heartbeats.SILENT_MS = 0.5, 4000
 """
 SCRAPING = """
-global: {{scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 250ms}}
+global: {{scrape_interval: 2s, scrape_timeout: 2s, evaluation_interval: 500ms}}
 rule_files: [rules.yaml]
 scrape_configs:
   - job_name: darkroom
@@ -261,7 +261,7 @@ def prometheus(folder: Path, port: int) -> Iterator[Observer]:
 
 @pytest.fixture(scope="module")
 def observers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Observer]]:
-    """Two of them. They start at the same time, because each one first scrapes after 5 s."""
+    """Two Prometheus servers. They start together, because each first scrapes after 5 s."""
     with ExitStack() as stack:
         folders = [tmp_path_factory.mktemp("observer") for _ in range(2)]
         yield [stack.enter_context(prometheus(folder, free_port())) for folder in folders]

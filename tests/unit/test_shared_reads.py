@@ -18,7 +18,7 @@ from tests.waiting import wait_until
 
 @dataclass(slots=True)
 class Rows:
-    """Every key but `gone` has a row. A query for `bad` fails, and waits for `goes_on`."""
+    """Every key but `gone` has a row. A query for `bad` waits for `goes_on` and fails."""
 
     store: BatchingStore
     reads: SharedReads[str] = field(init=False)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 import warnings
 import zlib
 from random import Random
@@ -163,6 +164,13 @@ def deep() -> bytes:
     )
 
 
+def lossless() -> bytes:
+    """A grey JPEG of one colour. Its only code, of one bit, says that a pixel is like the last."""
+    frame, codes = struct.pack(">BHHBBBB", 8, 16, 16, 1, 1, 0x11, 0), bytes((0, 1, *[0] * 15, 0))
+    scan = segment(0xDA, bytes((1, 1, 0, 1, 0, 0))) + bytes(16 * 16 // 8)
+    return b"\xff\xd8" + segment(0xC3, frame) + segment(0xC4, codes) + scan + b"\xff\xd9"
+
+
 ODD = {
     "one bit": encoded("1", "PNG"),
     "16 bit grey": encoded("I;16", "PNG"),
@@ -170,6 +178,7 @@ ODD = {
     "interlaced": interlaced(),
     "grey jpeg": encoded("L", "JPEG"),
     "cmyk progressive": encoded("CMYK", "JPEG", progressive=True),
+    "lossless jpeg": lossless(),
     "jpeg with a broken exif": with_segments(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")),
     "jpeg with a broken profile": with_segments(segment(0xE2, b"ICC_PROFILE\0\2\1x")),
     "jpeg with junk in its header": SAMPLES["jpeg"][:20] + b"junk" + SAMPLES["jpeg"][20:],
