@@ -3,8 +3,10 @@ cluster.
 """
 
 import asyncio
+import gc
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,6 +53,16 @@ SERIES = "darkroom_sink_lag"
 READ_S = 30  # of one look at a broker
 # What a broker that has just started may answer.
 NOT_READY = (OSError, ExceptionGroup, AMQPError, nats.errors.Error, redis.RedisError)
+
+
+@pytest.fixture(autouse=True)
+def _dropped_connections() -> Iterator[None]:
+    """A library may drop its connection to a broker that dies or starts, without closing it. The
+    collector does, and warns in whatever test it runs.
+    """
+    yield
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
 
 
 class Brokers:
