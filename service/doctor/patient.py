@@ -117,7 +117,7 @@ async def opened_store(settings: Settings, stack: AsyncExitStack) -> BatchingSto
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Removes what a probe has made. Another user runs the service, and could not write into it."""
+    """Removes what a probe has made. The service may be another user, and could not use it."""
     for folder in folders:
         with suppress(OSError):
             for inside in folder.iterdir():

@@ -51,7 +51,7 @@ class Fork(Forked):
 
 
 def popen(command: Sequence[str], **how: Any) -> "Fork | subprocess.Popen[bytes]":
-    """A fork has loaded its libraries, so one that is to be preloaded needs a real start."""
+    """Forks the command, or starts it anew if it has LD_PRELOAD, which a fork would ignore."""
     return subprocess.Popen(command, **how) if "LD_PRELOAD" in how["env"] else Fork(command, **how)
 
 
