@@ -37,17 +37,17 @@ def next_query_wait(queries: int, with_callback: bool, random: float) -> float:
 
 
 def confirm_wait(queries: int) -> float:
-    """After a query that still says processing, although a callback says that the task has ended:
-    2, 4, 8 … 60 s.
+    """After a query that settled nothing, although a callback says that the task has ended: 1, 2,
+    4 … 60 s.
     """
-    return _growing(2.0, 2.0, queries, 60.0)
+    return _growing(1.0, 2.0, queries, 60.0)
 
 
 def results_wait(waited: float) -> float:
     """After a query that found a completed task without all of its results, as long as it was
-    waited for them so far: 2, 2, 4, 8 … 60 s.
+    waited for them so far: 1, 1, 2, 4 … 60 s.
     """
-    return min(max(waited, 2.0), 60.0)
+    return min(max(waited, 1.0), 60.0)
 
 
 def fault_wait(faults: int) -> float:

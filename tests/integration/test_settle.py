@@ -198,7 +198,7 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     """With a callback URL the first query comes after `RECONCILE_AFTER_S`, or after max(60 s, 2 ×
     estimate), and later waits are 1 to 15 min. Without a callback URL the first query comes after
     half the estimate, at least 3 s, and later waits are 5 to 60 s. After an unconfirmed callback
-    the waits are 2 to 60 s.
+    the waits are 1 to 60 s.
     """
     for name in ("confirm_wait", "next_query_wait", "first_query_wait"):
         monkeypatch.setattr(confirm_worker, name, getattr(backoff, name))
@@ -217,8 +217,8 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
         50_000,
     ]
     assert [silent.again(attempt, called_back=True) for attempt in (1, 2, 9)] == [
+        1_000,
         2_000,
-        4_000,
         60_000,
     ]
     assert called.again(1, called_back=True, retry_after=30.0) == 30_000

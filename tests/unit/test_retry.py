@@ -10,6 +10,7 @@ from service.queue.backoff import (
     fault_wait,
     first_query_wait,
     next_query_wait,
+    results_wait,
     scheduled_wait,
 )
 
@@ -125,16 +126,21 @@ def test_queries_become_rare() -> None:
 
 
 def test_a_query_that_confirms_is_retried_soon() -> None:
-    """The waits are 2, 4, 8 … and at most 60 s."""
-    assert [confirm_wait(queries) for queries in (0, 1, 2, 3, 5, 6, 10_000)] == [
-        2,
+    """The waits are 1, 2, 4 … and at most 60 s."""
+    assert [confirm_wait(queries) for queries in (0, 1, 2, 3, 6, 7, 10_000)] == [
+        1,
+        1,
         2,
         4,
-        8,
         32,
         60,
         60,
     ]
+
+
+def test_late_results_are_asked_for_soon() -> None:
+    """Each wait is as long as the time so far, at least 1 and at most 60 s."""
+    assert [results_wait(waited) for waited in (0, 1, 2, 4, 59, 64)] == [1, 1, 2, 4, 59, 60]
 
 
 def test_faults_back_off_to_five_minutes() -> None:
