@@ -11,7 +11,7 @@ import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from service.backends import DELIVERIES, REDELIVERIES, open_resources, open_sinks
+from service.backends import DELIVERIES, REDELIVERIES, open_resources, open_sinks, upstream_rules
 from service.errors import ConfigurationError
 from service.events.broker_worker import BrokerWorker
 from service.events.deliveries import dead_letter_delivery
@@ -25,6 +25,7 @@ from service.images.input_files import InputFiles
 from service.images.input_sources import InputResolver
 from service.images.validator import ImageValidator, open_validator
 from service.jobs import process_jobs
+from service.net.egress_client import Egress
 from service.ops import garbage
 from service.ops.metrics import Metrics
 from service.queue.stage import Stage
@@ -175,8 +176,8 @@ def make_context(
     missing = None if role.workers else partial(workers_missing, resources.store, since)
     days, least = settings.file_retention_days, settings.min_free_bytes
     files = InputFiles(resources, validator, days, least, settings.max_image_bytes)
-    unpriced, inputs = settings.unpriced == "allow", InputResolver(files, catalogue)
-    intake_options = settings.log_prompts, inputs, unpriced
+    inputs = InputResolver(files, catalogue, Egress(upstream_rules(settings)).check_url)
+    intake_options = settings.log_prompts, inputs, settings.unpriced == "allow"
     sessions = Sessions(resources.keyring, resources.clock, settings.base_url)
     return Context(
         resources=resources,

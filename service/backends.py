@@ -193,8 +193,7 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             return await enter(Egress(rules, connections=connections, on_refused=refused))
 
         hooks = DELIVERIES + REDELIVERIES + MANUAL
-        rules = Rules("upstream", settings.upstream_networks, networks_setting=NETWORKS_SETTING)
-        upstream = await egress(rules)
+        upstream = await egress(upstream_rules(settings))
         results = await egress(result_rules(settings), settings.download_concurrency)
         endpoints = await egress(hook_rules("endpoints", settings.endpoint_networks), hooks)
         networks = settings.task_callback_networks
@@ -230,6 +229,10 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
 def hook_rules(purpose: str, networks: Networks) -> Rules:
     setting = f"DARKROOM_{purpose.removesuffix('s').upper()}_NETWORKS"
     return Rules(purpose, networks, networks_setting=setting)
+
+
+def upstream_rules(settings: Settings) -> Rules:
+    return Rules("upstream", settings.upstream_networks, networks_setting=NETWORKS_SETTING)
 
 
 def result_rules(settings: Settings) -> Rules:

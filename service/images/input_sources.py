@@ -3,14 +3,14 @@ the upstream fetches itself.
 """
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from sqlalchemy import Connection, select
 
 from service.db.tables import images
-from service.errors import ApiError
+from service.errors import ApiError, EgressRefused
 from service.images.downloads import shown_image
 from service.images.input_files import InputFiles
 from service.links import data_of, is_data, trimmed
@@ -23,18 +23,19 @@ from service.upstreams.catalogue_images import image_complaint, too_long
 
 FILE_ID, IMAGE_ID = r"file_[a-z2-7]{26}", r"img_[a-z2-7]{26}"
 OWN_ID = re.compile(f"{FILE_ID}|{IMAGE_ID}")
-LINK = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 ORIGIN = re.compile("^[^/]*//[^/]*")  # scheme and host, whose case does not count
 PARAM = "image_urls"
-LINK_CHARS = 2048
 LARGE = 1 << 16  # characters of a data: URL that a thread decodes
 ACCEPTED = "a public https link, file_…, img_…, a link of this service, or a data: URL of an image"
 
 
 @dataclass(frozen=True, slots=True)
 class InputResolver:
+    """`check_link` raises EgressRefused for a link that is not public by its text."""
+
     files: InputFiles
     catalogue: Catalogue
+    check_link: Callable[[str], None]
 
     async def resolve(
         self, owner: str, entries: list[str], model: str, mask: str | None = None
@@ -69,11 +70,11 @@ class InputResolver:
             return await self._file(owner, name, entry, place, rule)
         if re.fullmatch(IMAGE_ID, name):
             return await self._result(owner, name, entry, place, rule)
-        if LINK.match(text) and len(text) <= LINK_CHARS:
-            return NamedInput(InputImage(url=text), entry, entry)
-        shown = entry[:100]
-        limit = f"or has over {LINK_CHARS} characters" if LINK.match(text) else ""
-        raise refusal(f"{place}: {shown!r} is not {ACCEPTED} {limit}".rstrip())
+        try:
+            self.check_link(text)
+        except EgressRefused as error:
+            raise refusal(f"{place}: {entry[:100]!r} is not {ACCEPTED}: {error}") from None
+        return NamedInput(InputImage(url=text), entry, entry)
 
     async def _is_kept(self, text: str) -> bool:
         """Whether an entry names an image of the service, or has one in it."""
