@@ -110,5 +110,8 @@ async def test_selected_pictures_arrive_as_one_file(
     assert (await sent([f"{others['id']}/0"])).status_code == 404
     assert (await sent([])).status_code == 400
     assert (await sent([f"{task['id']}/{index}" for index in range(101)])).status_code == 400
+    next(here.settings.image_dir.rglob(f"0-{task['images'][0]['sha256']}.png")).unlink()
+    refusal = await sent(names)
+    assert (refusal.status_code, f"{task['id']}/0 is not as" in refusal.text) == (503, True)
     assert (await client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
     assert (await sent(names)).status_code == 404
