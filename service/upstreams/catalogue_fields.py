@@ -217,9 +217,11 @@ class SizeField(FieldRule):
         return {"forms": sorted(forms)} | self.model_dump(mode="json", exclude=NO_RULES)
 
     def measured(self, value: Any) -> str:
-        sides = pixels_of(value)
-        total = f", which has {sides[0] * sides[1]}" if sides and self.pixels else ""
-        return shown(value) + total
+        if (sides := pixels_of(value)) is None:
+            return shown(value)
+        width, height = sides
+        aspect = f"{width / height:.4g}:1"
+        return f"{shown(value)}, which has {width * height} pixels and an aspect of {aspect}"
 
 
 class ImagesField(FieldRule):

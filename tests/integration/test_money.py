@@ -97,6 +97,7 @@ async def test_usage_is_cut_by_days_and_times(own: World) -> None:
             ({"from": f"{day}"}, 1),
             ({"from": f"{before}", "to": f"{day}"}, 1),
             ({"from": f"{after}"}, 0),
+            ({"from": "0001-01-01", "to": "9999-12-31"}, 1),
             ({"to": f"{before}"}, 0),
             ({"to": f"{created:%Y-%m-%dT%H:%M:%SZ}"}, 0),
             ({"from": f"{created:%Y-%m-%dT%H:%M:%SZ}"}, 1),

@@ -34,6 +34,13 @@ def test_a_limit_is_refused_beyond_and_accepted_at_it(model: str) -> None:
     assert tried
 
 
+def test_a_size_is_refused_with_its_pixels_and_its_aspect() -> None:
+    body = {"model": "wan2.5-text-to-image", "prompt": "a", "size": "1540x384"}
+    violation = CATALOGUE.check(body)
+    assert violation is not None
+    assert '"1540x384", which has 591360 pixels and an aspect of 4.01:1' in violation.message
+
+
 @pytest.mark.parametrize("rule", FIELDS.values(), ids=FIELDS)
 def test_every_limit_of_a_field_has_a_case(rule: FieldRule) -> None:
     """A limit that no other one already covers has an accepted and a refused value."""

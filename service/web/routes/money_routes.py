@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections import Counter
-from datetime import date, timedelta
+from datetime import date
 from functools import partial
 
 from starlette.requests import Request
@@ -94,10 +94,10 @@ def query_day(request: Request, name: str, days: int) -> int | None:
     if not DATE.fullmatch(text):
         return query_time(request, name)
     try:
-        day = date.fromisoformat(text) + timedelta(days)
-    except (ValueError, OverflowError):
+        day = date.fromisoformat(text)
+    except ValueError:
         raise invalid_request(f"{name}: there is no date {text}", name) from None
-    return (day - date(1970, 1, 1)).days * usage.DAY_MS
+    return ((day - date(1970, 1, 1)).days + days) * usage.DAY_MS
 
 
 def as_csv(rows: list[JSON], columns: list[str]) -> Response:
