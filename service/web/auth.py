@@ -1,6 +1,7 @@
 """API keys: the caller of a request, its owner and its scopes."""
 
 import hmac
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ CACHE_S = 3.0  # revocation must take effect within 5 s in every process
 CACHE_KEYS = 10_000
 KEY_PREFIX = "dk_"
 HINT_CHARS = 8
-EVENTS = "/v1/events"  # EventSource sends no header, so that it accepts the console's cookie
+# EventSource and <img> send no header, so that these paths accept the console's cookie.
+BY_SESSION = re.compile(r"/v1/events|/v1/files/[^/]+/content")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Access:
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         key = text.strip()
         caller = await self.by_key(key) if scheme.lower() == "bearer" and key else None
-        if not key and request.method == "GET" and request.url.path == EVENTS:
+        if not key and request.method == "GET" and BY_SESSION.fullmatch(request.url.path):
             caller = await self.signed_in(request)
         if caller is None:
             # Any other text may be a secret of another service.

@@ -15,6 +15,7 @@ from service.web.auth import CACHE_S
 from service.web.console.sign_in import ATTEMPTS
 from service.web.sessions import COOKIE, SESSION_S
 from tests.api import UNTIL_DONE, got, submitted
+from tests.inputs import photo, uploaded
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, world
 
@@ -254,7 +255,8 @@ async def test_the_console_can_be_switched_off(tmp_path_factory: pytest.TempPath
     async with world(tmp_path_factory.mktemp("off"), console="off") as there:
         for path in ("/console/", SIGN_IN, PLAYGROUND):
             assert (await there.stranger.get(path)).status_code == 404
-        assert (await there.stranger.get("/docs")).status_code == 200
+        docs = await there.stranger.get("/docs")
+        assert (docs.status_code, "/console/" in docs.text) == (200, False)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +333,27 @@ async def test_a_key_without_the_scope_gets_no_page(here: World) -> None:
             assert (await browser.get(PLAYGROUND)).status_code == 403
 
 
-async def test_only_the_event_stream_accepts_the_cookie(here: World) -> None:
+async def test_a_key_that_only_submits_sends_tasks(here: World) -> None:
+    """It sees no task, so that the playground says what became of the form."""
+    async with here.owner("submit") as client:
+        key = client.headers["authorization"].removeprefix("Bearer ")
+        async with signed_in(here, key) as browser:
+            page = await browser.get(PLAYGROUND)
+            assert (page.status_code, "Not shown" in page.text) == (200, True)
+            fields = {"csrf": csrf_of(page), "act": "send", "prompt": "unseen"}
+            fields |= {"model": "wan2.5-text-to-image", "idempotency_key": "k"}
+            answer = await browser.post(PLAYGROUND, data=fields)
+            assert (answer.status_code, answer.headers["location"]) == (303, PLAYGROUND)
+            assert "was sent" in (await browser.get(PLAYGROUND)).text
+
+
+async def test_only_events_and_the_content_of_files_accept_the_cookie(here: World) -> None:
+    file = f"/v1/files/{(await uploaded(here.client))['id']}"
     async with signed_in(here) as browser:
-        for path in ("/v1/tasks", "/v1/keys", "/v1/credits", "/metrics"):
+        assert (await browser.get(f"{file}/content")).content == photo()
+        for path in (file, "/v1/tasks", "/v1/keys", "/v1/credits", "/metrics"):
             assert (await browser.get(path)).status_code == 401
+        assert (await browser.delete(f"{file}/content")).status_code == 405
         accept = {"accept": "text/event-stream"}
         async with browser.stream("GET", "/v1/events", headers=accept) as stream:
             assert stream.headers["content-type"].startswith("text/event-stream")

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from service.strict_json import JSON
 from service.web.asyncapi import document as asyncapi_document
 from service.web.console.templating import environment
+from service.web.context import context_of
 from service.web.openapi import document as openapi_document
 from service.web.published import tagged
 from service.web.routes.table import SPECS
@@ -29,14 +30,17 @@ HEADERS = {
 
 
 async def documentation(request: Request) -> Response:
-    return tagged(request, rendered(request.url.path.rstrip("/")), "text/html", HEADERS)
+    console = context_of(request).access.sessions is not None
+    page = rendered(request.url.path.rstrip("/"), console=console)
+    return tagged(request, page, "text/html", HEADERS)
 
 
 @cache
-def rendered(path: str) -> bytes:
+def rendered(path: str, *, console: bool) -> bytes:
     document = asyncapi_document() if path == EVENTS else openapi_document(SPECS)
     values = {
         "here": path,
+        "console": console,
         "document": document,
         "schemas": document["components"]["schemas"],
         "schema_page": SCHEMAS if path == API else "",

@@ -52,8 +52,7 @@ async def act(visit: Visit) -> Response:
         draft.images.append(what)
     elif deed == "send" and error is None:
         try:
-            task = await send(visit, draft, key)
-            return visit.redirect(f"{HERE}?task={task['id']}")
+            return sent(visit, await send(visit, draft, key))
         except ApiError as refusal:
             error, key = refusal, new_key()
     return await form_page(
@@ -74,6 +73,17 @@ async def again(visit: Visit) -> Response:
     except ApiError as error:
         return visit.redirect(f"{HERE}?from={earlier['id']}", error.message, "bad")
     return visit.redirect(f"{HERE}?task={task['id']}")
+
+
+def sent(visit: Visit, task: JSON) -> Response:
+    if may_read(visit):
+        return visit.redirect(f"{HERE}?task={task['id']}")
+    return visit.redirect(HERE, f"{task['id']} was sent. A key with the scope read shows it.")
+
+
+def may_read(visit: Visit) -> bool:
+    """Without the scope, a key sends tasks and sees none."""
+    return visit.caller.has({"read"})
 
 
 async def send(visit: Visit, draft: Draft, key: str) -> JSON:
@@ -108,7 +118,7 @@ async def form_page(
     free = bool(document["sizes"]) and "pixels" in document["sizes"]["forms"]
     if free and size not in dict(sizes):
         size = CUSTOM if size else ""
-    recent = await visit.call("GET /v1/tasks", {"owner": visit.caller.owner, "limit": LAST})
+    recent = await last_tasks(visit)
     return visit.render(
         "playground.html",
         status,
@@ -129,9 +139,9 @@ async def form_page(
         task=task,
         running=RUNNING,
         samples=samples(body, visit.context.resources.links.base_url, key) if body else [],
-        recent=recent["data"],
-        picks=[image for task in recent["data"] for image in task["images"]][:PICKS],
-        may_send=not visit.caller.scopes.isdisjoint({"submit", "admin"}),
+        recent=recent,
+        picks=[image for task in recent for image in task["images"]][:PICKS],
+        may_read=may_read(visit),
     )
 
 
@@ -146,13 +156,22 @@ def takes_images(document: JSON | None) -> bool:
 
 
 async def known_task(visit: Visit, task_id: str | None) -> JSON | None:
-    return await visit.call("GET /v1/tasks/{task_id}", task_id=task_id) if task_id else None
+    if not task_id or not may_read(visit):
+        return None
+    return await visit.call("GET /v1/tasks/{task_id}", task_id=task_id)
+
+
+async def last_tasks(visit: Visit) -> list[JSON]:
+    if not may_read(visit):
+        return []
+    found = await visit.call("GET /v1/tasks", {"owner": visit.caller.owner, "limit": LAST})
+    return list(found["data"])
 
 
 async def reference(visit: Visit, value: str) -> JSON:
     """A reference as the page shows it. A link is not loaded: it is another host's."""
     if re.fullmatch(FILE_ID, value):
-        return {"value": value, "src": f"/console/files/{value}/content"}
+        return {"value": value, "src": f"/v1/files/{value}/content"}
     resources, row = visit.context.resources, None
     if re.fullmatch(IMAGE_ID, value):
         row = await resources.store.look_up(shown_image, value)
@@ -162,10 +181,6 @@ async def reference(visit: Visit, value: str) -> JSON:
 
 def new_key() -> str:
     return secrets.token_urlsafe(18)
-
-
-async def file_content(visit: Visit) -> Response:
-    return await visit.answer("GET /v1/files/{file_id}/content", file_id=visit.path("file_id"))
 
 
 def samples(body: JSON, base_url: str, key: str) -> list[tuple[str, str, str]]:
@@ -208,5 +223,4 @@ VIEWS = (
     View(f"GET {HERE}", playground, "submit", "Playground", "playground"),
     View(f"POST {HERE}", act, "submit"),
     View(f"POST {HERE}/again", again, "submit"),
-    View("GET /console/files/{file_id}/content", file_content, "submit read"),
 )
