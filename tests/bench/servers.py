@@ -63,13 +63,15 @@ class OpenGate(PriorityGate):
 
 
 def upstream() -> Starlette:
-    """An upstream that costs next to nothing. Every queried task is still `processing`, and every
-    result is one small image.
+    """An upstream that costs next to nothing. Every queried task is completed, and every result is
+    one small image.
     """
     picture = draw("bench/0", "bench", 64, 64, "jpeg")
 
-    async def task(_: Request) -> Response:
-        return JSONResponse({"status": "processing"})
+    async def task(request: Request) -> Response:
+        id = request.path_params["task_id"]
+        link = f"{request.base_url}files/{id.removeprefix('upstream-')}.jpeg"
+        return JSONResponse({"id": id, "status": "completed", "results": [link], "progress": 100})
 
     async def file(_: Request) -> Response:
         return Response(picture, media_type="image/jpeg")
