@@ -59,6 +59,22 @@ async def test_a_parameter_that_resembles_a_known_one_is_unknown(
     refused(await still.client.get(f"/v1/tasks?{query}"), 400, "invalid_request", param=param)
 
 
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("state=completed&state=failed", "state"),
+        ("metadata.k=1&metadata.k=1", "metadata.k"),
+        ("limit=1&state=failed&limit=1000", "limit"),
+    ],
+)
+async def test_a_parameter_that_is_given_twice_is_refused(
+    still: World, query: str, param: str
+) -> None:
+    """Only one of its values could act. A list of event types may come in several."""
+    refused(await still.client.get(f"/v1/tasks?{query}"), 400, "invalid_request", param=param)
+    got(await still.client.get("/v1/events?type=image.task.failed&type=image.task.completed"))
+
+
 async def sent(here: World, head: bytes, body: bytes = b"") -> tuple[int, JSON]:
     """Status and document of the answer to these very bytes."""
     async with connected(here.url) as (reader, writer):

@@ -23,6 +23,7 @@ Model = type[BaseModel]
 ID = re.compile("[!-~]{1,200}")
 OPERATORS = ("/healthz", "/readyz", "/metrics")
 ANY_KEY = ".KEY"  # ends a parameter that is a family, such as `metadata.KEY`
+REPEATABLE = ("type",)  # parameters that are lists
 NAME_CHARS = 100  # of a parameter, in the answer
 
 
@@ -66,8 +67,8 @@ def row(
 
 
 def check_query(request: Request, spec: Spec) -> None:
-    """Raises ApiError 400 for an unknown parameter, because an ignored filter would give a wrong
-    list, and for text that is no UTF-8, such as a lone surrogate.
+    """Raises ApiError 400 for an unknown or repeated parameter, because an ignored filter would
+    give a wrong list, and for text that is no UTF-8, such as a lone surrogate.
     """
     if not request.scope["query_string"]:
         return
@@ -76,6 +77,9 @@ def check_query(request: Request, spec: Spec) -> None:
         if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
             known = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
             message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {known}"
+            raise invalid_request(message, name[:NAME_CHARS])
+        if name not in REPEATABLE and len(request.query_params.getlist(name)) > 1:
+            message = f"{name[:NAME_CHARS]} is given more than once"
             raise invalid_request(message, name[:NAME_CHARS])
     try:
         unquote_to_bytes(request.scope["query_string"]).decode()
