@@ -55,6 +55,7 @@ SURROGATE = b'{"model": "m", "prompt": "a\\ud800b"}'
         (b'{"model": "m", "x": ' + b"[" * 101 + b"]" * 101 + b"}", 400, "invalid_request"),
         (b'{"x":' * 100_000, 400, "invalid_request"),
         (b'{"model": "m", "x": "' + b"a" * (1 << 20) + b'"}', 413, "body_too_large"),
+        (b'{"model": "m"}' + b" " * ((1 << 20) - 13), 413, "body_too_large"),
     ],
 )
 async def test_a_body_that_is_no_plain_json_object_is_refused(

@@ -203,6 +203,8 @@ async def test_without_a_preference_the_answer_waits_for_the_first_outcome(here:
         (["respond-async", 'Wait = "0"'], "wait=0"),
         (["wait=0; foo=bar"], "wait=0"),
         (["handling=lenient, respond-async"], "respond-async"),
+        (["wait=0, wait=60"], "wait=0"),
+        (["wait=0", "wait=60"], "wait=0"),
     ],
 )
 async def test_a_preference_is_applied_and_named(

@@ -58,7 +58,7 @@ def preferences(request: Request) -> tuple[float | None, str | None]:
         name, _, value = preference.partition(";")[0].partition("=")
         seconds = re.fullmatch('"?([0-9]{1,99})"?', value.strip())
         asynchronous |= name.strip().lower() == "respond-async"
-        if name.strip().lower() == "wait" and seconds:
+        if wait is None and name.strip().lower() == "wait" and seconds:  # the first one counts
             wait = min(int(seconds[1]), MAX_WAIT_S)
     if wait is not None:
         return float(wait), f"wait={wait}"
@@ -107,18 +107,20 @@ async def accepted(request: Request, key: str | None) -> tuple[str, TaskRow | No
     text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
     body = await parsed(text)
     if len(text) > MAX_BODY:
-        check_size(body)
+        check_size(body, len(text))
     return await intake.accept(caller.owner, body, key, admin=admin, large=len(text) > LARGE)
 
 
-def check_size(body: JSON) -> None:
+def check_size(body: JSON, size: int) -> None:
     """Raises ApiError 413 for a body that is long without the `data:` URLs of its input images."""
-    urls = body.get("image_urls")
+    urls, rest = body.get("image_urls"), {**body}
     if isinstance(urls, list):
-        body = {**body, "image_urls": [each for each in urls if not inline(each)]}
+        rest["image_urls"] = [each for each in urls if not inline(each)]
     if inline(body.get("mask_url")):
-        body = {**body, "mask_url": None}
-    if len(compact_json(body)) > MAX_BODY:
+        rest["mask_url"] = None
+    if rest != body:
+        size = len(compact_json(rest).encode())
+    if size > MAX_BODY:
         message = f"the body has at most {MAX_BODY} bytes beside the data: URLs of its images"
         raise ApiError(413, "body_too_large", message)
 
