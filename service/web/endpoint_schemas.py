@@ -17,6 +17,7 @@ from service.web.field_schemas import (
     list_of,
 )
 
+TYPES = ["image.task.*"]
 MAX_HEADERS, KEY_CHARS, PAIRS = 10, 512, 16
 # The service, HTTP or a proxy sets these. A name that ends in a dash stands for all that begin so.
 RESERVED = (
@@ -96,7 +97,7 @@ EndpointStatus = Literal["enabled", "paused", "disabled"]
 
 class NewEndpoint(Body):
     url: TrimmedUrl
-    types: Patterns = Field(["image.task.*"])
+    types: Patterns = Field(TYPES)
     description: Text = Field("", max_length=500)
     owner: Owner | None = Field(
         None, description="admin: an owner's name, or null for the events of all owners"
@@ -109,9 +110,13 @@ class NewEndpoint(Body):
 
 
 class EndpointPatch(Body):
+    """Null is the default of a field, and leaves `url` and `status` as they are."""
+
     url: TrimmedUrl | None = None
-    types: Patterns | None = None
-    description: Text | None = Field(None, max_length=500)
+    types: Annotated[Patterns | None, AfterValidator(lambda given: given or TYPES)] = None
+    description: Annotated[Text | None, AfterValidator(lambda given: given or "")] = Field(
+        None, max_length=500
+    )
     status: EndpointStatus | None = None
     ordered: bool | None = Field(None, description=ORDERED)
     ordered_by: OrderedBy | None = Field(None, description=ORDERED_BY)

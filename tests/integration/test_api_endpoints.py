@@ -90,10 +90,16 @@ async def test_a_patch_changes_what_it_names(here: World) -> None:
             {"url": "http://127.0.0.1:10/x"},
             {"types": ["*"]},
             {"description": ""},
+            {"types": None},
+            {"description": "second"},
+            {"description": None},
+            {"url": None, "status": None},
             {"status": "paused"},
             {},
         ):
-            known |= change
+            for name, value in change.items():
+                default = {"types": ["image.task.*"], "description": ""}.get(name, known[name])
+                known[name] = default if value is None else value
             changed = got(await client.patch(path, json=change))
             known |= {"status_since": changed["status_since"]} if "status" in change else {}
             assert changed == known
