@@ -97,8 +97,10 @@ def validated(kind: type[Model], body: JSON) -> Model:
         if param and first["type"] == "missing":
             message = "is required"
         elif param and first["type"] == "extra_forbidden":
-            fields = (field.alias or name for name, field in kind.model_fields.items())
-            message = f"the body has no such field: it has {', '.join(fields)}"
+            message = "the body has no such field"
+            if param in body:
+                fields = (field.alias or name for name, field in kind.model_fields.items())
+                message += f": it has {', '.join(fields)}"
         elif param and first["loc"][0] not in SECRET_FIELDS:
             message += f", not {shown(within(body, first['loc']))}"
         raise invalid_request(f"{param}: {message}" if param else message, param) from None
