@@ -246,8 +246,8 @@ async def serve(
     async with running(settings, role, address) as context, AsyncExitStack() as stack:
         if settings.metrics_port is not None:
             operators = create_app(context, role, metrics_open=True)
-            metrics_port = Server(operators, bind(settings.host, settings.metrics_port), 1)
-            await stack.enter_async_context(listening(metrics_port, stop))
+            taken = bind(settings.host, settings.metrics_port, "DARKROOM_METRICS_PORT")
+            await stack.enter_async_context(listening(Server(operators, taken, 1), stop))
         server = Server(create_app(context, role), bound, settings.stop_s, context.gate)
         await stack.enter_async_context(listening(server, stop))
         if role.workers:

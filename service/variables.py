@@ -17,6 +17,7 @@ SERVICE_LINK_NAME = re.compile(
     r"DARKROOM_(\w+_)?"
     r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
+NAME = re.compile(rf"\b{PREFIX}\w+", re.ASCII | re.IGNORECASE)
 SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -25,8 +26,15 @@ def variables_of(env_file: Path | None) -> Mapping[str, str | None]:
     if env_file is None or not env_file.is_file():
         return {}
     from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
 
     try:
+        with env_file.open(encoding="utf-8") as lines:
+            broken = [each.original for each in parse_stream(lines) if each.error]
+        for each in broken:
+            if name := NAME.search(each.string):
+                line = f"{env_file}, line {each.line}: {name[0]} cannot be read"
+                raise ConfigurationError(f"{line}: write {name[0]}=… with both quotes or none")
         return dotenv_values(env_file, encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"{env_file} cannot be read: {type(error).__name__}") from None

@@ -114,7 +114,7 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
     from service.web.server import Server, bind, listening, stopping
 
     app = checked_sandbox(options)
-    bound = bind(host, port)
+    bound = bind(host, port, "--host, --port")
     logging.configure("json" if as_json else "console", "warning", sys.stderr)
     address = http_address(host, bound.getsockname()[1])
     reached = reached_at(host, bound.getsockname()[1])

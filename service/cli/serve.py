@@ -62,8 +62,10 @@ def worker(host: Host = None, port: Port = None, as_json: Json = False) -> None:
     """
     import_quickly("service.app")
     from service.app import Role
+    from service.settings import load_settings
 
-    start(Role(web=False), given(host, port, as_json))
+    # Links and events name the web processes, not the address of the options.
+    start(Role(web=False), {"base_url": load_settings().base_url} | given(host, port, as_json))
 
 
 def import_quickly(module: str) -> None:

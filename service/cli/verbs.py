@@ -174,7 +174,7 @@ DELIVERIES = {
 
 REPLAYS = {
     "start": Verb(
-        "Send past events to an endpoint again. Without times, all that are kept.",
+        "Send past events to an endpoint again, by default all since its creation that it lacks.",
         "POST /v1/endpoints/{endpoint}/replay",
         {
             "since": Time,

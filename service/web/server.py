@@ -190,8 +190,11 @@ def allow_descriptors() -> None:
             break
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigurationError when the address is taken."""
+def bind(host: str, port: int, named: str = "DARKROOM_HOST, DARKROOM_PORT") -> socket.socket:
+    """A listening socket. Raises ConfigurationError when the address is taken.
+
+    `named`: the settings or options that the address comes from.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only on a socket with the protocol TCP. Without it, an answer takes
     # 40 ms longer.
@@ -202,7 +205,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ConfigurationError(
-            f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)"
+            f"{host}:{port} cannot be listened on: {error.strerror} ({named})"
         ) from error
     bound.listen(BACKLOG)
     bound.setblocking(False)

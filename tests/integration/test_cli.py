@@ -297,6 +297,9 @@ def test_a_start_that_cannot_be_is_one_line(run: Run, tmp_path: Path, dev: Runni
     """The line names what is wrong or missing: key, address, store, unknown settings."""
     taken = dev.address.rpartition(":")[2]
     assert f"127.0.0.1:{taken} cannot be listened on" in one_line(run("serve", "--port", taken))
+    assert "(--host, --port)" in one_line(run("sandbox", "--port", taken))
+    figures = run("serve", "--sandbox", "--port", "0", DARKROOM_METRICS_PORT=taken)
+    assert figures.err.endswith("Address already in use (DARKROOM_METRICS_PORT)\n")
     assert "DARKROOM_NONSENSE is not a setting" in one_line(run("serve", DARKROOM_NONSENSE="1"))
     assert "on SQLite `darkroom serve` does both" in one_line(run("worker", "--port", "0"))
     done = darkroom("serve", "--port", "0", folder=tmp_path)

@@ -226,7 +226,7 @@ async def test_a_second_interrupt_ends_it_at_once(tmp_path: Path, slow_upstream:
 
 async def test_web_and_worker_apart_stop_cleanly(tmp_path: Path, postgres_url: str) -> None:
     """On PostgreSQL `serve --no-worker` accepts a task and `worker` does its work. Both exit with
-    0. The worker serves only the probes.
+    0. The worker serves only the probes, and its links lead to the web process.
     """
     secret = "x" * 32
     with sandbox("--delay", "0.2", folder=tmp_path) as upstream:
@@ -236,7 +236,11 @@ async def test_web_and_worker_apart_stop_cleanly(tmp_path: Path, postgres_url: s
             work = service_settings(
                 upstream.address, tmp_path, **common, CALLBACK_URL=serving.address
             )
-            with started("worker", folder=tmp_path, **work) as working:
+            work["DARKROOM_PORT"] = serving.address.rpartition(":")[2]
+            with started("worker", "--port", "0", folder=tmp_path, **work) as working:
+                assert (
+                    working.logged("service.started")[0]["settings"]["base_url"] == serving.address
+                )
                 async with client_of(serving) as client, client_of(working) as probe:
                     task = (
                         await client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=60"})
