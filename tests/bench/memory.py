@@ -16,10 +16,11 @@ from pathlib import Path
 from service.ops.garbage import THRESHOLDS
 from tests.bench.acknowledgement import SECRET_KEY, prepare
 from tests.bench.peers.contenders import CONTENDERS, running
-from tests.bench.processes import MEASURING, RUN_S, measure, resident_mib, server
+from tests.bench.processes import MEASURING, measure, resident_mib, server
 from tests.environment import ROOT
 
 TASKS, CONNECTIONS, PARTS = 2_000, 64, 10
+PART_S = 600  # at most, for one part
 
 
 def measured(folder: Path, upstream: str, callbacks: int) -> Iterator[float]:
@@ -32,7 +33,7 @@ def measured(folder: Path, upstream: str, callbacks: int) -> Iterator[float]:
         pid = here.processes[0].running.pid
         yield resident_mib(pid)
         for _ in range(PARTS):
-            measure(here.url, part, "once", CONNECTIONS, 0, RUN_S)
+            measure(here.url, part, "once", CONNECTIONS, 0, PART_S)
             yield resident_mib(pid)
 
 

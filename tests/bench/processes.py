@@ -95,7 +95,7 @@ def measure(
             env=clean_environment({}),
             capture_output=True,
             text=True,
-            timeout=RUN_S,
+            timeout=warm_up + seconds + RUN_S,
             check=False,
         )
     if done.returncode:

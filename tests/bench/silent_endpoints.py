@@ -18,6 +18,7 @@ from service.backends import DELIVERIES
 from service.db.batching import BatchingStore
 from service.events.endpoints import NewEndpointRow, insert_endpoints
 from service.ops import logging
+from tests.bench.load import percentile
 from tests.bench.program import compared, markdown, run
 from tests.outbox import emitted
 from tests.silence import silence
@@ -70,7 +71,7 @@ class Timed:
                     self._arrivals.seen.clear()
                     await self._arrivals.seen.wait()
             times.append(self._arrivals.times[event] - began)
-        return sorted(times)[count * 99 // 100 - 1]
+        return percentile(times, 0.99)
 
 
 @asynccontextmanager

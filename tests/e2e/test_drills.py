@@ -187,12 +187,12 @@ class Scene:
         """Waits until the alert fires."""
         await wait_until(lambda: name in (self.alerts() or ()), 90)
 
-    async def clear(self, *names: str) -> None:
-        """Waits until none of the alerts fires."""
+    async def clear(self, name: str) -> None:
+        """Waits until the alert does not fire."""
 
         def told() -> bool:
             fire = self.alerts()
-            return fire is not None and fire.isdisjoint(names)
+            return fire is not None and name not in fire
 
         await wait_until(told, 90)
 
@@ -280,7 +280,8 @@ def staged(tmp_path_factory: pytest.TempPathFactory, observers: list[Observer]) 
         made.start()
         stack.callback(made.stop)
         yield made
-        asyncio.run(made.clear(*made.fading))  # here, so that the windows pass at the same time
+        for name in sorted(made.fading):  # here, so that the windows pass at the same time
+            asyncio.run(made.clear(name))
 
 
 @pytest.fixture
