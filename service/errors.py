@@ -143,3 +143,9 @@ class CallTimedOut(EgressError): ...
 
 
 class ConnectionLost(EgressError): ...
+
+
+def cause_of(error: Exception) -> str | None:
+    """The error of a library behind one of ours, for a log line. It has no statement of SQL."""
+    cause = error.__cause__
+    return repr(getattr(cause, "orig", cause)) if cause else None

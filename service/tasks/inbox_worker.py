@@ -19,7 +19,7 @@ from structlog.contextvars import bind_contextvars
 from service.db.prepared import run_mappings
 from service.db.tables import inbox
 from service.db.transaction import Transaction
-from service.errors import StoreUnavailable
+from service.errors import StoreUnavailable, cause_of
 from service.ops import tracing
 from service.queue.backoff import fault_wait
 from service.queue.checkpoints import checkpoint
@@ -135,7 +135,9 @@ class InboxWorker:
             async with asyncio.timeout_at(arrived + COMMIT_S):
                 await resources.store.write(insert_callbacks, row, urgent=True)
         except (TimeoutError, StoreUnavailable) as error:
-            refused(resources, "unavailable", task_id, time.monotonic() - arrived)
+            cause = repr(error) if isinstance(error, TimeoutError) else cause_of(error)
+            seconds = time.monotonic() - arrived
+            refused(resources, "unavailable", task_id, seconds, exception=cause)
             raise StoreUnavailable("the callback could not be committed in time") from error
         checkpoint("inbox.committed")
         resources.metrics.callback_commit_seconds.observe(time.monotonic() - arrived)
@@ -222,10 +224,12 @@ class InboxWorker:
         )
 
 
-def refused(resources: Resources, reason: str, task_id: str | None, seconds: float) -> None:
+def refused(
+    resources: Resources, reason: str, task_id: str | None, seconds: float, **more: object
+) -> None:
     """Counts and logs a callback that was not kept, without its token. `task_id` is None unless the
     token proved it.
     """
     resources.metrics.callbacks.labels(reason).inc()
     duration_ms = round(seconds * 1000, 1)
-    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=duration_ms)
+    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=duration_ms, **more)

@@ -8,7 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import ApiError, BlobUnavailable, EgressError, StoreUnavailable, type_of
+from service.errors import (
+    ApiError,
+    BlobUnavailable,
+    EgressError,
+    StoreUnavailable,
+    cause_of,
+    type_of,
+)
 from service.strict_json import JSON
 from service.web.context import context_of
 from service.web.field_schemas import Shape
@@ -80,11 +87,6 @@ async def respond(request: Request, error: Exception) -> Response:
             code, message = "upstream_unavailable", f"the upstream gave no answer: {error}"
             retry_after = 5
     return error_response(request, 503, code, message, {"Retry-After": str(retry_after)})
-
-
-def cause_of(error: Exception) -> str | None:
-    cause = error.__cause__
-    return repr(getattr(cause, "orig", cause)) if cause else None
 
 
 HANDLERS = dict.fromkeys(

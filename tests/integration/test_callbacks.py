@@ -99,8 +99,8 @@ def commits(here: World, hook: Callable[[Connection], None]) -> Iterator[None]:
 async def test_a_store_that_fails_to_commit_promises_nothing(
     here: World, upstream: Upstream
 ) -> None:
-    """The answer is 503 with `Retry-After: 1`, and nothing is stored. The same callback is accepted
-    once the store is back.
+    """The answer is 503 with `Retry-After: 1`, and nothing is stored. The log has the cause. The
+    same callback is accepted once the store is back.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -109,7 +109,7 @@ async def test_a_store_that_fails_to_commit_promises_nothing(
         raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
 
     before = counted(here, "unavailable")
-    with commits(here, full):
+    with commits(here, full), capture_logs() as lines:
         answer = await call(here, task, said(task, "failed"))
         assert (
             answer.status_code,
@@ -117,6 +117,8 @@ async def test_a_store_that_fails_to_commit_promises_nothing(
             answer.json()["error"]["code"],
         ) == (503, "1", "unavailable")
         assert counted(here, "unavailable") == before + 1
+        (line,) = [line for line in lines if line["event"] == "callback.refused"]
+        assert "database or disk is full" in line["exception"]
     assert await heard(here, task) == []
     assert await verdict(here, task, said(task, "failed")) == "accepted"
     await here.ended(task["id"])
