@@ -109,8 +109,8 @@ class Settings(BaseModel):
     query_timeout_s: types.Seconds = 15
     """Timeout of one query call."""
     reconcile_after_s: types.Seconds | None = None
-    """Silence before the first query of a task. Without a callback URL it is always `max(3,
-    estimated_time / 2)`."""
+    """Silence before a task's first query. Later waits grow from it, else from 60 s, to 15 min.
+    Without a callback URL it is `max(3, estimated_time / 2)`, and they grow from 5 to 60 s."""
     no_results_after_s: types.Seconds = 600
     """How long a completed task without all of its results is asked for again, after waits of 2 s
     growing to 60 s."""

@@ -26,13 +26,16 @@ def first_query_wait(
     return max(60.0, 2.0 * estimated) if override is None else override
 
 
-def next_query_wait(queries: int, with_callback: bool, random: float) -> float:
-    """After `queries` queries that settled nothing: 60 s growing to 15 min, and without callbacks
-    5 s growing to 60 s.
+def next_query_wait(
+    queries: int, with_callback: bool, override: float | None, random: float
+) -> float:
+    """After `queries` queries that settled nothing: 60 s, or `override` but at least 3 s, growing
+    to 15 min. Without callbacks it is 5 s growing to 60 s.
 
     The jitter stays within these bounds. It spreads the queries of tasks of the same minute.
     """
-    first, most, factor = (60.0, 900.0, 2.0) if with_callback else (5.0, 60.0, 1.5)
+    first = 60.0 if override is None else max(3.0, override)
+    first, most, factor = (first, 900.0, 2.0) if with_callback else (5.0, 60.0, 1.5)
     return _growing(first, factor, queries, most / (1 + JITTER)) * (1 + JITTER * random)
 
 

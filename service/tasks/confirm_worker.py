@@ -51,7 +51,7 @@ class QueryPlan:
         """
         wait = confirm_wait(attempt)
         if not called_back:
-            wait = next_query_wait(attempt, self.with_callback, self.random())
+            wait = next_query_wait(attempt, self.with_callback, self.after, self.random())
         return round(max(wait, retry_after or 0) * 1000)
 
 

@@ -107,7 +107,7 @@ def test_queries_become_rare() -> None:
     """With callbacks, the waits double from 60 s to 15 min. Without them, they grow from 5 s to 60
     s.
     """
-    assert [next_query_wait(queries, True, 0.0) for queries in (1, 2, 3, 4, 5, 99)] == [
+    assert [next_query_wait(queries, True, None, 0.0) for queries in (1, 2, 3, 4, 5, 99)] == [
         60,
         120,
         240,
@@ -115,14 +115,22 @@ def test_queries_become_rare() -> None:
         750,
         750,
     ]
-    assert [next_query_wait(queries, False, 0.0) for queries in (1, 2, 3, 99)] == [
+    assert [next_query_wait(queries, False, 9.0, 0.0) for queries in (1, 2, 3, 99)] == [
         5,
         7.5,
         11.25,
         50,
     ]
-    assert next_query_wait(99, True, 1.0) == pytest.approx(900)
-    assert next_query_wait(99, False, 1.0) == pytest.approx(60)
+    assert next_query_wait(99, True, None, 1.0) == pytest.approx(900)
+    assert next_query_wait(99, False, None, 1.0) == pytest.approx(60)
+
+
+@pytest.mark.parametrize(
+    ("override", "waits"), [(5.0, [5, 10, 20, 750]), (0.0, [3, 6, 12, 750]), (3600.0, [750] * 4)]
+)
+def test_later_waits_grow_from_the_first_one(override: float, waits: list[float]) -> None:
+    """They grow from `RECONCILE_AFTER_S`, but from 3 s at least, to 15 min."""
+    assert [next_query_wait(queries, True, override, 0.0) for queries in (1, 2, 3, 99)] == waits
 
 
 def test_a_query_that_confirms_is_retried_soon() -> None:
