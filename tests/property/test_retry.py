@@ -58,18 +58,19 @@ def test_the_first_query_is_never_early(estimated: int | None, with_callback: bo
     assert first_query_wait(estimated, with_callback, None) >= (60 if with_callback else 3)
 
 
-@given(COUNTS, st.booleans(), RANDOM, RANDOM)
+@given(COUNTS, st.booleans(), st.none() | st.floats(0, 10**9), RANDOM, RANDOM)
 def test_query_waits_stay_within_their_bounds(
-    queries: int, with_callback: bool, random: float, other: float
+    queries: int, with_callback: bool, override: float | None, random: float, other: float
 ) -> None:
-    """They are 60 s to 15 min with callbacks and 5 s to 60 s without, jitter included. With the
-    same random number, a wait is never shorter than the previous one.
+    """They are 60 s to 15 min with callbacks, or 3 s to 15 min with an override, and 5 s to 60 s
+    without callbacks, jitter included. With the same random number, a wait is never shorter than
+    the previous one.
     """
-    low, high = (60, 900) if with_callback else (5, 60)
-    wait = next_query_wait(queries, with_callback, random)
+    low, high = (60 if override is None else 3, 900) if with_callback else (5, 60)
+    wait = next_query_wait(queries, with_callback, override, random)
     assert low <= wait <= high + 1e-9
-    assert next_query_wait(queries + 1, with_callback, random) >= wait
-    assert next_query_wait(queries, with_callback, other) <= wait * 1.2 + 1e-9
+    assert next_query_wait(queries + 1, with_callback, override, random) >= wait
+    assert next_query_wait(queries, with_callback, override, other) <= wait * 1.2 + 1e-9
 
 
 @pytest.mark.parametrize(("wait", "low", "high"), [(confirm_wait, 1, 60), (fault_wait, 1, 300)])
