@@ -71,14 +71,19 @@ async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[Batchin
     is_new = not settings.secret_key and settings.sqlite_path and not settings.key_file.exists()
     keyring = None if is_new else Keyring(secret_keys(settings))
     async with open_store(settings) as store:
-        if keyring is None and await store.read(owner_keys.needs_its_key):
-            raise ConfigurationError(
-                f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the"
-                " key that the store was used with. With another in DARKROOM_SECRET_KEY callbacks"
-                " under way are refused, and the secrets of endpoints and owners want rotating"
-            )
+        if keyring is None:
+            await refuse_lost_key(settings, store)
         make_private(settings.data_dir)
         yield store, keyring or Keyring(secret_keys(settings))
+
+
+async def refuse_lost_key(settings: Settings, store: BatchingStore) -> None:
+    if await store.read(owner_keys.needs_its_key):
+        raise ConfigurationError(
+            f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the"
+            " key that the store was used with. With another in DARKROOM_SECRET_KEY callbacks"
+            " under way are refused, and the secrets of endpoints and owners want rotating"
+        )
 
 
 def secret_keys(settings: Settings) -> list[bytes]:

@@ -14,6 +14,7 @@ from service.backends import (
     open_blobs,
     open_store,
     open_upstreams,
+    refuse_lost_key,
     secret_keys,
 )
 from service.blobs.blob_store import Blobs
@@ -139,10 +140,12 @@ async def local(settings: Settings) -> AsyncIterator[Patient]:
         except ConfigurationError as error:
             blobs = str(error)
         keyring: Keyring | str | None = None
-        if settings.secret_key or not settings.sqlite_path or settings.key_file.exists():
-            try:
+        try:
+            if settings.secret_key or not settings.sqlite_path or settings.key_file.exists():
                 keyring = Keyring(secret_keys(settings))
-            except ConfigurationError as error:
-                keyring = str(error)
+            elif isinstance(store, BatchingStore):
+                await refuse_lost_key(settings, store)
+        except ConfigurationError as error:
+            keyring = str(error)
         upstream = open_upstreams(settings, egress, lambda _: None)[DEFAULT_UPSTREAM]
         yield Patient(settings, upstream, egress, store, blobs, keyring)

@@ -134,6 +134,14 @@ def database(path: Path, revision: str) -> None:
     engine.dispose()
 
 
+async def key_lost(_: AsyncExitStack, folder: Path) -> dict[str, Any]:
+    """A store that was used with a key of its own, which is gone. It does not start."""
+    async with world(folder, role=Role(workers=False)) as here:
+        await submitted(here.client, ASYNC)
+    here.settings.key_file.unlink()
+    return {"data_dir": here.settings.data_dir, "secret_key": None}
+
+
 def schema(revision: str) -> Cause:
     async def cause(_: AsyncExitStack, folder: Path) -> dict[str, Any]:
         database(folder / "d.db", revision)
@@ -244,6 +252,7 @@ FAULTS: list[tuple[str, str, Cause, str, str, str]] = [
     ("other keys", "callbacks", other_keys, "fault", "another secret", "SECRET_KEY"),
     ("a disk", "store", read_only, "fault", "cannot be written", "writable"),
     ("a read-only folder", "images", read_only, "fault", "Read-only", "writable"),
+    ("a lost key", "secrets", key_lost, "fault", "secret.key is missing", "put the key back"),
     ("an old schema", "store", schema("0011"), "fault", "0011", "darkroom migrate"),
     ("a newer schema", "store", schema("newer"), "fault", "newer", "version"),
     (
