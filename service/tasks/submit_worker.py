@@ -32,6 +32,7 @@ from service.tasks.submissions import (
 from service.tasks.upstream_copies import (
     InputFailure,
     InputProblem,
+    forget_refused,
     input_links,
     record_input_failures,
     with_input_links,
@@ -128,6 +129,8 @@ class SubmitWorker:
         checkpoint("submission.recorded")
         if isinstance(outcome, Accepted | Finished | Refused):
             await breaker.succeeded(trial=trial)
+        if isinstance(outcome, Refused) and links:
+            await forget_refused(resources, outcome, links)
 
     async def _start(self, lease: Lease, *, resubmit: bool) -> bytes | None:
         """The body to send, once the task is `submitting`. None: this process must not send it."""

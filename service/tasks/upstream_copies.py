@@ -7,7 +7,7 @@ The copies are made before the submission leaves, so a failure there never leads
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -31,6 +31,7 @@ from service.tasks.rows import TaskRow
 from service.tasks.state import TERMINAL, State
 from service.tasks.submissions import end_uncertain
 from service.tasks.transitions import change, end, lock_leased, task_error
+from service.upstreams.base import Refused
 from service.upstreams.file_api import NotUploaded
 
 log = structlog.get_logger()
@@ -106,6 +107,16 @@ async def forget_copy(resources: Resources, copy: InputCopy) -> None:
                 await resources.file_api.delete(copy.file_id)
 
 
+async def forget_refused(resources: Resources, refusal: Refused, ids: Iterable[str]) -> None:
+    """The upstream refused a task with these inputs. If it may have lost its copies, which nothing
+    else tells, the next task uploads them anew.
+    """
+    if refusal.error["param"] not in (None, "image_urls", "mask_url"):
+        return
+    for copy in await resources.store.write(forget_unneeded_copies, tuple(ids)):
+        await forget_copy(resources, copy)
+
+
 async def _make_room(resources: Resources) -> None:
     """Deletes the oldest copies that no task needs, because the account has no room left."""
     for copy in await resources.store.write(forget_spare_copies, FREED):
@@ -160,13 +171,21 @@ def forget_spare_copies(tx: Transaction, limit: int) -> list[InputCopy]:
     """Forgets the oldest copies that no task names which may still be sent or is at work, so many.
     The caller deletes them at the upstream afterwards. A row never names a copy that is gone there.
     """
-    connection = tx.connection
-    ended = [state.value for state in TERMINAL]
-    waiting = select(tasks.c.inputs).where(tasks.c.state.not_in(ended), tasks.c.inputs.is_not(None))
+    ids = tx.connection.execute(select(copies.c.id).order_by(copies.c.expires_at)).scalars()
+    return forget_copies(tx, _unneeded(tx.connection, ids)[:limit])
+
+
+@one_by_one
+def forget_unneeded_copies(tx: Transaction, ids: Sequence[str]) -> list[InputCopy]:
+    """As `forget_spare_copies`, of these files and results."""
+    return forget_copies(tx, _unneeded(tx.connection, ids))
+
+
+def _unneeded(connection: Connection, ids: Iterable[str]) -> list[str]:
+    live = [state.value for state in State if state not in TERMINAL]  # read by the states' index
+    waiting = select(tasks.c.inputs).where(tasks.c.state.in_(live), tasks.c.inputs.is_not(None))
     needed = {each["id"] for inputs in connection.execute(waiting).scalars() for each in inputs}
-    ids = connection.execute(select(copies.c.id).order_by(copies.c.expires_at)).scalars()
-    spare = [id for id in ids if id not in needed][:limit]
-    return forget_copies(tx, spare)
+    return [id for id in ids if id not in needed]
 
 
 @dataclass(frozen=True, slots=True)

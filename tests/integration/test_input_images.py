@@ -10,6 +10,7 @@ import pytest
 from service.upstreams.sandbox import SandboxOptions
 from tests.api import SUBMIT, UNTIL_DONE, got, refused
 from tests.inputs import of_length, photo, upload, uploaded
+from tests.waiting import wait_until
 from tests.world import LOOPBACK, World, world
 
 EDIT = "wan2.5-image-to-image"
@@ -293,6 +294,23 @@ async def test_a_copy_that_expires_between_two_tries_is_made_anew(tmp_path: Any)
         listed = (await there.sandbox.get("/api/v1/files/list")).json()["data"]
         assert listed["total"] == 2
         assert (await posted(there, task))[0] == listed["files"][0]["file_url"]
+
+
+async def test_a_copy_that_the_upstream_lost_is_made_anew_after_its_refusal(here: World) -> None:
+    """The upstream kept it for a shorter time than it said."""
+    async with here.owner() as client:
+        file = await uploaded(client)
+        (link,) = await posted(here, await edited(client, file["id"]))
+        lost = (await here.sandbox.get("/api/v1/files/list")).json()["data"]["files"][0]
+        assert lost["file_url"] == link
+        await here.sandbox.delete(f"/api/v1/files/{lost['file_id']}")
+
+        async def accepted() -> bool:
+            answer = await client.post(SUBMIT, json=edit(file["id"]), headers=UNTIL_DONE)
+            return answer.status_code == 200
+
+        assert not await accepted()
+        await wait_until(accepted)
 
 
 async def test_copies_that_no_task_needs_make_room_in_a_full_account(tmp_path: Any) -> None:
