@@ -31,20 +31,21 @@ async def hourly(
     random: Callable[[], float],
     metrics: Metrics,
     *,
+    every_s: float,
     at_once: bool = False,
 ) -> None:
-    """Runs a job until cancelled: first within an hour or `at_once`, then about every hour.
+    """Runs a job until cancelled: first within `every_s` or `at_once`, then about every `every_s`.
 
     The random waits keep several processes from running it at the same moment. A run that fails
     is logged and counted, and the next one comes all the same.
     """
-    wait = 0.0 if at_once else EVERY_S * random()
+    wait = 0.0 if at_once else every_s * random()
     while True:
         await asyncio.sleep(wait)
-        wait = EVERY_S * (0.9 + 0.2 * random())
+        wait = every_s * (0.9 + 0.2 * random())
         try:
             await job()
-        except Exception as error:  # noqa: BLE001 - logged, and tried again in an hour
+        except Exception as error:  # noqa: BLE001 - logged, and tried again at the next run
             log_failure(stage, None, 1, round(wait), error)
             metrics.worker_faults.labels(stage).inc()
 
@@ -60,8 +61,18 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
         "processes": partial(resources.store.write, forget_processes, None),
     }
     at_once = ("rekey", "refused")  # the settings may have changed
+    # Retention runs 24 times within a setting of less than a day.
+    shortest = min(1.0, settings.file_retention_days, *(each for each in days if each is not None))
+    every_s = {"retention": max(1.0, EVERY_S * shortest)}
     return {
-        name: hourly(name, job, resources.random, resources.metrics, at_once=name in at_once)
+        name: hourly(
+            name,
+            job,
+            resources.random,
+            resources.metrics,
+            every_s=every_s.get(name, EVERY_S),
+            at_once=name in at_once,
+        )
         for name, job in jobs.items()
     }
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from service import jobs
 from service.app import Role
 from service.images.sweep import AGE_MS, sweep
 from service.upkeep import retention, retention_sql
@@ -263,11 +262,8 @@ async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.Mo
         assert await kept(here) == set()
 
 
-async def test_processes_with_workers_apply_it_by_themselves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The job takes its days from the settings."""
-    monkeypatch.setattr(jobs, "EVERY_S", 0.05)
+async def test_processes_with_workers_apply_it_by_themselves(tmp_path: Path) -> None:
+    """The job takes its days from the settings. Short ones make it run more often."""
     async with world(tmp_path, retention_days=1e-6, image_retention_days=1e-6) as here:
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT)
 
