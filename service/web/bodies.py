@@ -101,7 +101,7 @@ def validated(kind: type[Model], body: JSON) -> Model:
             if param in body:
                 fields = (field.alias or name for name, field in kind.model_fields.items())
                 message += f": it has {', '.join(fields)}"
-        elif param and first["loc"][0] not in SECRET_FIELDS:
+        elif param and first["loc"][0] not in SECRET_FIELDS and ", not " not in message:
             message += f", not {shown(within(body, first['loc']))}"
         raise invalid_request(f"{param}: {message}" if param else message, param) from None
 

@@ -164,7 +164,8 @@ async def test_an_invalid_endpoint_is_refused_by_name(
         assert got(await client.get("/v1/endpoints"))["data"] == []
         known = without_secret(await created(client))
         path = f"/v1/endpoints/{known['id']}"
-        refused(await client.patch(path, json=fields), 400, param=param)
+        error = refused(await client.patch(path, json=fields), 400, param=param)
+        assert error["message"].count(", not ") <= 1, "a refused value is named once"
         assert got(await client.get(path)) == known
 
 
