@@ -163,7 +163,7 @@ class InboxWorker:
         while True:
             held = [task_id for task_id, (_, until) in self._held.items() if until > clock()]
             try:
-                ids = await self.resources.store.read(waiting_tasks, held)
+                ids = await self.resources.store.look_up(waiting_tasks, held)
             except StoreUnavailable:
                 return False
             if ids:
