@@ -15,6 +15,7 @@ import httpx
 
 from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
 from service.net.addresses import Address, Network, forbidden
+from service.net.deadline import until
 from service.net.responses import Response, Streamed
 from service.net.service_client import CONNECT, usual_trust
 from service.net.transport import (
@@ -169,14 +170,14 @@ class Egress:
         clock = asyncio.get_running_loop().time
         end, call = clock() + timeout, CallState()
         with translated(call):
-            async with asyncio.timeout_at(end):
+            async with until(end):
                 response = await self._answer(call, method, url, headers, content, idle)
 
         async def chunks() -> AsyncGenerator[bytes, None]:
             chunk = b""
             while not response.content.at_eof():
                 with translated(call):
-                    async with asyncio.timeout_at(min(end, clock() + (idle or timeout))):
+                    async with until(min(end, clock() + (idle or timeout))):
                         chunk = await response.content.read(CHUNK)
                 if chunk:
                     yield chunk

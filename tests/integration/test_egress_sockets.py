@@ -7,6 +7,7 @@ import datetime as dt
 import gzip
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -654,6 +655,26 @@ async def test_a_full_pool_is_not_connected() -> None:
             with pytest.raises(NotConnected, match="in time"):
                 await egress.request("POST", server.url, timeout=0.05)
         assert len(server.requests) == 1
+
+
+async def test_an_answer_that_came_while_the_process_was_paused_is_read() -> None:
+    """The limit is over when the process goes on, but the answer is there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                time.sleep(0.2)
+                connection.sendall(OK)
+
+        async with open_egress() as egress:
+            answering = asyncio.create_task(asyncio.to_thread(answer))
+            asyncio.get_running_loop().call_later(0.1, time.sleep, 2.5)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            response = await egress.request("POST", url, timeout=0.5)
+            assert (response.status, response.body) == (200, b"ok")
+            await answering
 
 
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Le"])
