@@ -165,7 +165,11 @@ def parse_catalogue(text: str, name: str) -> CatalogueFile:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = path_in(tables, first["loc"])
+        if first["type"] == "missing":
+            path.append(str(first["loc"][-1]))
         words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if first["type"] == "union_tag_not_found":
+            words = "type is required"
         value = first["input"] if isinstance(first["input"], str | int | Decimal) else None
         given = "" if value is None else f", not {json.dumps(value, default=str)}"
         raise ConfigurationError(
@@ -187,13 +191,11 @@ def read_catalogue(path: Path) -> tuple[CatalogueFile, str, str]:
 def path_in(tables: Any, location: Sequence[int | str]) -> list[str]:
     """The names of the file that lead to a location of pydantic's, which also names classes."""
     path: list[str] = []
-    for index, step in enumerate(location):
+    for step in location:
         if isinstance(tables, dict) and step in tables:
             path, tables = [*path, str(step)], tables[step]
         elif isinstance(tables, list) and isinstance(step, int) and step < len(tables):
             tables = tables[step]
-        elif index == len(location) - 1 and isinstance(tables, dict):
-            path.append(str(step))  # a field that is missing
     return path
 
 

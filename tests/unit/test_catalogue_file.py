@@ -96,7 +96,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             3,
             ("fields.n", "colour"),
         ),
-        ("[models.a.fields]\nn = { min = 1 }\n", 2, ("models.a.fields.n",)),
+        ("[models.a.fields]\nn = { min = 1 }\n", 2, ("models.a.fields.n: type is required",)),
         ("[models.a.fields]\nn = { type = 'integer', pixels = [1, 2] }\n", 2, ("n.pixels",)),
         (
             "[models.a.fields]\nn = { type = 'integer', max = 4, default = 5 }\n",
@@ -109,7 +109,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         (
             "[models.a.fields]\nn = { type = 'integer', min = 5, max = 4 }\n",
             2,
-            ("models.a.fields.n", "5 is more than 4"),
+            ("models.a.fields.n: min and max: 5 is more than 4",),
         ),
         (
             "[models.a.fields.size]\ntype = 'size'\nside = [9, 8]\n",
