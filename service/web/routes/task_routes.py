@@ -68,7 +68,8 @@ def preferences(request: Request) -> tuple[float | None, str | None]:
 async def submit(request: Request) -> Response:
     """Submit a task."""
     context, caller = context_of(request), caller_of(request)
-    key = request.headers.get("idempotency-key")
+    keys = dict.fromkeys(request.headers.getlist("idempotency-key"))
+    key = ", ".join(keys) if keys else None  # two keys are refused: which one is meant is unknown
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
         message = f"Idempotency-Key must be 1 to 255 visible ASCII characters, not {named(key)}"
         raise invalid_request(message, "Idempotency-Key")
