@@ -202,10 +202,12 @@ async def test_images_of_other_owners_are_refused_alike(here: World) -> None:
             refused(await other.post(SUBMIT, json=edit(entry)), 400, param="image_urls")
 
 
-async def test_a_data_url_of_ten_megabytes_is_accepted(here: World) -> None:
+async def test_a_data_url_of_ten_megabytes_is_estimated_and_accepted(here: World) -> None:
     async with here.owner() as client:
-        task = await edited(client, data_url(of_length(10 << 20), "image/jpeg"))
-        assert task["state"] == "completed"
+        url = data_url(of_length(10 << 20), "image/jpeg")
+        assert (await edited(client, url))["state"] == "completed"
+        estimate = await client.post("/v1/estimates", json=edit(url))
+        assert got(estimate)["credits"] == 2
         answer = await client.post(SUBMIT, json=edit("https://x.test/a", x="a" * (1 << 20)))
         refused(answer, 413)
 

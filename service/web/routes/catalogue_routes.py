@@ -8,9 +8,10 @@ from service.db.paging import Selection
 from service.errors import ApiError
 from service.tasks.budgets import budget_states
 from service.web.auth import caller_of
-from service.web.bodies import read_json, validated
+from service.web.bodies import validated
 from service.web.context import context_of
 from service.web.money_schemas import EstimatedSubmission
+from service.web.routes.task_routes import read_submission, without_data
 
 
 async def models(request: Request) -> Response:
@@ -30,7 +31,8 @@ async def model(request: Request) -> Response:
 
 async def estimate(request: Request) -> Response:
     """Estimate the cost of a submission, without storing or sending it."""
-    intake, body = context_of(request).intake, await read_json(request)
+    intake, (body, _) = context_of(request).intake, await read_submission(request)
+    body = without_data(body)
     intake.check_limits(body, whole=False)
     validated(EstimatedSubmission, body)
     intake.check_own_fields(body)

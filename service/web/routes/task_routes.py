@@ -105,25 +105,34 @@ async def submit(request: Request) -> Response:
 async def accepted(request: Request, key: str | None) -> tuple[str, TaskRow | None]:
     """The task's id, and its row unless it existed before. The body is in memory only here."""
     intake, caller = context_of(request).intake, caller_of(request)
-    text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
-    body = await parsed(text)
-    if len(text) > MAX_BODY:
-        check_size(body, len(text))
-    return await intake.accept(caller.owner, body, key, admin=admin, large=len(text) > LARGE)
+    body, size = await read_submission(request)
+    admin = caller.sees is None
+    return await intake.accept(caller.owner, body, key, admin=admin, large=size > LARGE)
 
 
-def check_size(body: JSON, size: int) -> None:
-    """Raises ApiError 413 for a body that is long without the `data:` URLs of its input images."""
-    urls, rest = body.get("image_urls"), {**body}
-    if isinstance(urls, list):
-        rest["image_urls"] = [each for each in urls if not inline(each)]
-    if inline(body.get("mask_url")):
-        rest["mask_url"] = None
-    if rest != body:
-        size = len(compact_json(rest).encode())
-    if size > MAX_BODY:
+async def read_submission(request: Request) -> tuple[JSON, int]:
+    """The body of a submission, and its bytes. Raises ApiError 413 for one that is long without
+    the `data:` URLs of its input images.
+    """
+    text = await read_body(request, MAX_SUBMISSION)
+    body, size = await parsed(text), len(text)
+    beside = size
+    if size > MAX_BODY and (rest := without_data(body)) != body:
+        beside = len(compact_json(rest).encode())
+    if beside > MAX_BODY:
         message = f"the body has at most {MAX_BODY} bytes beside the data: URLs of its images"
         raise ApiError(413, "body_too_large", message)
+    return body, size
+
+
+def without_data(body: JSON) -> JSON:
+    """The body with the same number of input images, whose `data:` URLs are empty."""
+    urls, rest = body.get("image_urls"), {**body}
+    if isinstance(urls, list):
+        rest["image_urls"] = ["data:," if inline(each) else each for each in urls]
+    if inline(body.get("mask_url")):
+        rest["mask_url"] = "data:,"
+    return rest
 
 
 def inline(entry: object) -> bool:
