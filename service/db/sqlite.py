@@ -13,9 +13,9 @@ import json
 import sqlite3
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate
@@ -104,6 +104,7 @@ class SqliteStore(BatchingStore):
         self._engine = new_engine(path, readonly=False)
         self._reading = new_engine(path, readonly=True)
         self._connection: Connection | None = None
+        self._looking: Connection | None = None
         # Seconds of the latest commits. The first is invented, so that a slow disk is met on the
         # thread.
         self._commits = deque([1.0], REMEMBERED)
@@ -170,15 +171,24 @@ class SqliteStore(BatchingStore):
     async def look_up(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        return self._read(query, *args, **kwargs)
+        with self._reads():
+            self._looking = self._looking or self._reading.connect()
+            try:
+                return query(self._looking, *args, **kwargs)
+            finally:
+                self._looking.rollback()
 
     def _read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
+        with self._reads(), self._reading.begin() as connection:
+            connection.info["give_way"] = self.give_way
+            return query(connection, *args, **kwargs)
+
+    @contextmanager
+    def _reads(self) -> Iterator[None]:
         try:
-            with self._reading.begin() as connection:
-                connection.info["give_way"] = self.give_way
-                return query(connection, *args, **kwargs)
+            yield
         except DatabaseError as error:
             self._note_damage(error)
             raise StoreUnavailable(
@@ -197,6 +207,8 @@ class SqliteStore(BatchingStore):
         """
         self._committing.shutdown()
         self._readers.shutdown()
+        if self._looking is not None:
+            self._looking.close()
         if not self.damaged:
             self._reading.dispose()
         if self._connection is not None:

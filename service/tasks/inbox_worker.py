@@ -7,7 +7,7 @@ deletes the rows. A crash before its commit leaves them to the next worker.
 import asyncio
 import hashlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import Connection, bindparam, delete, select
 from structlog.contextvars import bind_contextvars
 
-from service.db.prepared import run_mappings
+from service.db.prepared import run, run_mappings
 from service.db.tables import inbox
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable, cause_of
@@ -59,10 +59,14 @@ def insert_callbacks(tx: Transaction, items: Sequence[JSON]) -> list[None]:
     return [None] * len(items)
 
 
-def waiting_tasks(connection: Connection, held: Collection[str]) -> list[str]:
+_WAITING = select(inbox.c.task_id).order_by(inbox.c.sequence).limit(ROWS)
+_NOT_HELD = _WAITING.where(inbox.c.task_id.not_in(bindparam("held", expanding=True)))
+
+
+def waiting_tasks(connection: Connection, held: Sequence[str]) -> list[str]:
     """The task of each of the oldest rows, without the tasks that are `held` back."""
-    oldest = select(inbox.c.task_id).where(inbox.c.task_id.not_in(held))
-    return list(connection.execute(oldest.order_by(inbox.c.sequence).limit(ROWS)).scalars())
+    rows = run(connection, _NOT_HELD, {"held": [*held]}) if held else run(connection, _WAITING)
+    return [task_id for (task_id,) in rows]
 
 
 _OLDEST = (

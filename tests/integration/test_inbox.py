@@ -3,7 +3,7 @@ judged.
 """
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ async def test_the_worker_goes_on_after_a_fault_of_its_look(
     upstream, looks = Upstream(), iter([True])
     look = inbox_worker.waiting_tasks
 
-    def fails_once(connection: Connection, held: Collection[str]) -> list[str]:
+    def fails_once(connection: Connection, held: Sequence[str]) -> list[str]:
         if next(looks, False):
             raise ValueError("no error of the store")
         return look(connection, held)
