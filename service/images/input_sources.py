@@ -147,7 +147,8 @@ def of_row(row: FileRow | ImageRow) -> InputImage:
 
 
 def image_of_blob(connection: Connection, blob: str) -> str | None:
-    statement = select(images.c.id).where(images.c.blob == blob, images.c.task_id == blob[:31])
+    task_id = blob.partition("/")[0]  # which has an index
+    statement = select(images.c.id).where(images.c.blob == blob, images.c.task_id == task_id)
     return connection.execute(statement).scalar()
 
 

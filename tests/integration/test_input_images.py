@@ -194,6 +194,18 @@ async def test_a_wrong_entry_is_refused_before_anything_is_sent(
     assert await sent(here) == before
 
 
+@pytest.mark.parametrize("prefix", ["task_", "task-unified-"])
+async def test_a_link_below_the_public_address_of_images_names_a_result(
+    tmp_path: Any, prefix: str
+) -> None:
+    async with world(
+        tmp_path, sandbox=options(), image_base_url="https://cdn.example/i", task_id_prefix=prefix
+    ) as there:
+        first = await edited(there.client, (await uploaded(there.client))["id"])
+        task = await edited(there.client, first["results"][0])
+        assert task["inputs"][0]["id"] == first["images"][0]["id"]
+
+
 async def test_images_of_other_owners_are_refused_alike(here: World) -> None:
     async with here.owner() as one, here.owner() as other:
         file = await uploaded(one)
