@@ -45,22 +45,24 @@ class Incoming:
     local: bool = False  # it becomes the blob itself
     size: int = 0
     begun: bool = False  # the first write makes the file
+    synced: bool = False  # with all that was written
     moved: bool = False  # it has become the blob
 
     async def write(self, data: bytes) -> None:
         """Appends. Each call goes to a thread and back, so pieces should be large.
         BlobUnavailable.
         """
-        write, self.begun = append if self.begun else create, True
+        write, self.begun, self.synced = append if self.begun else create, True, False
         await in_thread(write, self.path, data)
         self.size += len(data)
 
     async def sync(self) -> None:
         """Syncs what is written so far, while the image is decoded. `put` then has less to wait
-        for, and promises the same without it. BlobUnavailable.
+        for, and promises the same without it. No write may run meanwhile. BlobUnavailable.
         """
         if self.local:
             await in_thread(sync_data, self.path)
+            self.synced = True
 
 
 class Blobs(Protocol):

@@ -24,7 +24,6 @@ from service.blobs.blob_store import (
     incoming_in,
     opened,
     remove_leftovers,
-    sync_data,
 )
 from service.errors import BlobMissing
 from service.folders import make_folder, sync
@@ -54,7 +53,10 @@ class LocalBlobs:
         return incoming_in(self.root / INCOMING, local=True)
 
     async def put(self, incoming: Incoming, name: str, media_type: str) -> None:
-        await in_thread(keep, incoming.path, self._path(name), self.root)
+        target = self._path(name)
+        if not incoming.synced:
+            await incoming.sync()
+        await in_thread(keep, incoming.path, target, self.root)
         incoming.moved = True
 
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
@@ -95,7 +97,6 @@ def prepare(root: Path, spare: float) -> None:
 
 
 def keep(source: Path, target: Path, root: Path) -> None:
-    sync_data(source)
     rename(source, target)
     # Every folder up to the root is synced, also an old one: another `put` may have made it and not
     # synced it yet.

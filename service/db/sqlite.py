@@ -51,7 +51,7 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
         creator=connecting(path, "ro" if readonly else "rw"),
         poolclass=QueuePool if readonly else NullPool,
         # SQLite compares the text of names as it stands.
-        json_serializer=partial(json.dumps, ensure_ascii=False),
+        json_serializer=json.JSONEncoder(ensure_ascii=False).encode,
         hide_parameters=True,  # errors are logged, and parameters hold prompts and tokens
         # One connection more than there are threads, for `look_up`.
         **({"pool_size": READERS + 1, "max_overflow": 0} if readonly else {}),

@@ -25,7 +25,7 @@ async def answered(subject: Subject, task_id: str, report: Report | None, **more
 
 
 async def test_a_task_without_results_is_asked_for_ten_minutes(subject: Subject) -> None:
-    """The waits grow from two seconds to a minute. Then the task fails."""
+    """The waits grow from one second to a minute. Then the task fails."""
     task_id = await subject.submitted()
     waits: list[int] = []
     while wait := await answered(subject, task_id, completed(task_id)):
