@@ -112,7 +112,7 @@ class Settings(BaseModel):
     """Silence before a task's first query. Later waits grow from it, else from 60 s, to 15 min.
     Without a callback URL it is `max(3, estimated_time / 2)`, and they grow from 5 to 60 s."""
     no_results_after_s: types.Seconds = 600
-    """How long a completed task without all of its results is asked for again, after waits of 2 s
+    """How long a completed task without all of its results is asked for again, after waits of 1 s
     growing to 60 s."""
     download_schedule: types.Schedule = (1, 2, 5, 15, 60, 300, 900)
     """Waits between attempts of a download. The last wait repeats."""
