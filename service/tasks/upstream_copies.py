@@ -20,6 +20,7 @@ from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
 from service.db.tables import images, tasks
 from service.db.transaction import Lease, Transaction, one_by_one
+from service.errors import BlobMissing, BlobUnavailable
 from service.ids import EXTENSIONS, PREFIXES
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
@@ -75,6 +76,11 @@ async def input_links(resources: Resources, row: TaskRow) -> Mapping[str, str] |
 async def _copied(
     resources: Resources, row: TaskRow, id: str, source: Row[Any]
 ) -> str | InputProblem:
+    try:
+        if await resources.blobs.size(source.blob) != source.bytes:
+            raise BlobMissing("it is not as it was stored")
+    except BlobUnavailable as error:  # else the upload would break off, as if by the upstream
+        return InputProblem(f"the input image {id} was not read: {error}")
     content = resources.blobs.read(source.blob)
     # An upload under the name of another file would overwrite it.
     name = f"{id}-{secrets.token_hex(6)}.{EXTENSIONS[source.media_type]}"

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from service.upstreams.sandbox import SandboxOptions
-from tests.api import SUBMIT, UNTIL_DONE, got, refused
+from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, refused
 from tests.inputs import of_length, photo, upload, uploaded
 from tests.waiting import wait_until
 from tests.world import LOOPBACK, World, world
@@ -296,6 +296,23 @@ async def test_a_file_erased_while_a_task_waits_with_it_fails_the_task(tmp_path:
         task = await there.ended(task["id"])
         assert (task["state"], task["error"]["code"]) == ("failed", "input_gone")
         assert await sent(there) == 0
+
+
+async def test_an_input_that_the_image_store_lost_is_named_as_the_reason(here: World) -> None:
+    """The upstream is not blamed, and nothing is sent."""
+    async with here.owner() as client:
+        file, before = await uploaded(client), await sent(here)
+        (path,) = here.settings.image_dir.glob(f"{file['id']}/*")
+        path.unlink()
+        task = got(await client.post(SUBMIT, json=edit(file["id"]), headers=ASYNC))
+
+        async def reason() -> str | None:
+            steps = await here.steps(task["id"])
+            return next((each["reason"] for each in steps if "reason" in each), None)
+
+        assert "is not as it was stored" in await wait_until(reason)
+        assert await sent(here) == before
+        assert (await client.post(f"/v1/tasks/{task['id']}/cancel")).status_code == 200
 
 
 async def test_a_copy_that_expires_between_two_tries_is_made_anew(tmp_path: Any) -> None:
