@@ -16,7 +16,7 @@ from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop,
 from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.context import context_of
-from service.web.field_schemas import OWNER, OptionalBody
+from service.web.field_schemas import FORMS, OWNER, OptionalBody
 from service.web.key_shares import address_of
 from service.web.parameters import UNIX
 
@@ -90,11 +90,15 @@ def validated(kind: type[Model], body: JSON) -> Model:
     try:
         return kind.model_validate_json(compact_json(body))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         # A rule about several fields has no location, and its message names them.
         param = ".".join(str(part) for part in first["loc"]) or None
         message = first["msg"].removeprefix("Value error, ")
-        if param and first["type"] == "missing":
+        if first["type"] == "string_pattern_mismatch":
+            message = FORMS.get(first["ctx"]["pattern"], message)
+        if param is None and (named := message.partition(": "))[0] in kind.model_fields:
+            param, _, message = named
+        elif param and first["type"] == "missing":
             message = "is required"
         elif param and first["type"] == "extra_forbidden":
             message = "the body has no such field"

@@ -10,6 +10,11 @@ from service.links import trimmed
 TEXT: dict[str, Any] = {"type": "string", "pattern": r"^[^\x00]*$"}
 Text = Annotated[str, Field(pattern=TEXT["pattern"])]
 OWNER = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+NOT_BLANK = r"^[^\x00]*[^\x00-\x20][^\x00]*$"
+FORMS = {  # what a refusal says in place of a pattern
+    OWNER: "must be 1 to 64 characters of a-z, 0-9, '.', '_', '-', the first of a-z, 0-9",
+    NOT_BLANK: "must be text that is not blank",
+}
 Owner = Annotated[str, Field(pattern=OWNER)]
 Scope = Literal["submit", "read", "subscribe", "admin"]
 Period = Literal["day", "month", "total"]

@@ -5,12 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, ConfigDict, Field, JsonValue, model_validator
 
 from service.tasks.state import State
-from service.web.field_schemas import Body, OptionalBody, Owner, Shape, Text, list_of
+from service.web.field_schemas import NOT_BLANK, Body, OptionalBody, Owner, Shape, Text, list_of
 
 REASON_CHARS = 500
-Reason = Annotated[
-    Text, Field(min_length=1, max_length=REASON_CHARS, pattern=r"^[^\x00]*[^\x00-\x20][^\x00]*$")
-]
+Reason = Annotated[Text, Field(min_length=1, max_length=REASON_CHARS, pattern=NOT_BLANK)]
 
 
 RESUMED_OR_REASON: list[JsonValue] = [
