@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
         description="Compare with peers, and print three tables.",
     )
     options.add_argument("--rounds", type=int, default=5, help="of speed")
-    options.add_argument("--tasks", type=int, default=100, help="of one round, for each contender")
+    options.add_argument("--tasks", type=int, default=200, help="of one round, for each contender")
     options.add_argument("--orders", type=int, default=500, help="that are submitted under kills")
     options.add_argument("--kills", type=int, default=8, help="of processes, for each contender")
     options.add_argument("--seconds", type=float, default=20, help="in which they come")
