@@ -91,9 +91,10 @@ async def test_what_is_passed_on_is_not_looked_at(here: World, there: Guarded) -
     always gets the service's own `callback_url`, although the client sends similar names.
     """
     link, known = f"http://127.0.0.2:{there.trap.port}/a.png", len(there.recorded.requests)
+    public = f"https://private.evil.test:{there.trap.port}/a.png"  # by its text
     fields = {
-        "image_urls": [link],
-        "mask_url": link,
+        "image_urls": [public],
+        "mask_url": public,
         "webhook": link,
         "Callback_URL": link,
         "callbackUrl": link,
