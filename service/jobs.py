@@ -25,7 +25,7 @@ Job = Coroutine[Any, Any, None]
 EVERY_S = 3600.0
 
 
-async def hourly(
+async def repeated(
     stage: str,
     job: Callable[[], Awaitable[object]],
     random: Callable[[], float],
@@ -50,7 +50,7 @@ async def hourly(
             metrics.worker_faults.labels(stage).inc()
 
 
-def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
+def repeated_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
     days = settings.retention_days, settings.image_retention_days, settings.audit_retention_days
     retention = Retention(resources, *days, resources.store.clock)
     jobs: dict[str, Callable[[], Awaitable[object]]] = {
@@ -65,7 +65,7 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
     shortest = min(1.0, settings.file_retention_days, *(each for each in days if each is not None))
     every_s = {"retention": max(1.0, EVERY_S * shortest)}
     return {
-        name: hourly(
+        name: repeated(
             name,
             job,
             resources.random,
@@ -95,7 +95,7 @@ def process_jobs(
         jobs |= {"upstream": check.run(), "announce": check.announce()}
     if workers:
         jobs["inbox"] = context.inbox.run()
-        jobs |= hourly_jobs(settings, resources)
+        jobs |= repeated_jobs(settings, resources)
     jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
     if not settings.sqlite_path:  # on SQLite there is no other process
         jobs["beat"] = beat(resources.store, role, lambda: workers and pool.alive)

@@ -17,7 +17,7 @@ SERVICE_LINK_NAME = re.compile(
     r"DARKROOM_(\w+_)?"
     r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
-NAME = re.compile(rf"\b{PREFIX}\w+", re.ASCII | re.IGNORECASE)
+NAME = re.compile(rf"(?<![\w/$.-]){PREFIX}\w+", re.ASCII | re.IGNORECASE)
 SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -33,7 +33,8 @@ def variables_of(env_file: Path | None) -> Mapping[str, str | None]:
             broken = [each.original for each in parse_stream(lines) if each.error]
         for each in broken:
             if name := NAME.search(each.string):
-                line = f"{env_file}, line {each.line}: {name[0]} cannot be read"
+                number = each.line + each.string[: name.start()].count("\n")
+                line = f"{env_file}, line {number}: {name[0]} cannot be read"
                 raise ConfigurationError(f"{line}: write {name[0]}=… with both quotes or none")
         return dotenv_values(env_file, encoding="utf-8")
     except (OSError, UnicodeError) as error:

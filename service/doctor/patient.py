@@ -19,7 +19,7 @@ from service.backends import (
 )
 from service.blobs.blob_store import Blobs
 from service.db.batching import BatchingStore
-from service.errors import ConfigurationError, SchemaMismatch, StoreInUse
+from service.errors import ConfigurationError, SchemaMismatch, StoreInUse, StoreUnavailable
 from service.net.egress_client import Egress, Rules
 from service.resources import Resources
 from service.settings import Settings
@@ -145,7 +145,7 @@ async def local(settings: Settings) -> AsyncIterator[Patient]:
                 keyring = Keyring(secret_keys(settings))
             elif isinstance(store, BatchingStore):
                 await refuse_lost_key(settings, store)
-        except ConfigurationError as error:
+        except (ConfigurationError, StoreUnavailable) as error:
             keyring = str(error)
         upstream = open_upstreams(settings, egress, lambda _: None)[DEFAULT_UPSTREAM]
         yield Patient(settings, upstream, egress, store, blobs, keyring)

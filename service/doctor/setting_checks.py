@@ -45,7 +45,7 @@ async def check_secrets(patient: Patient) -> dict[str, Finding]:
     """Keys in quotes, which another program's environment file has kept."""
     settings = patient.settings
     if isinstance(patient.keyring, str):
-        mend = "put the key back, or for a new store set DARKROOM_SECRET_KEY: openssl rand -hex 32"
+        mend = "put the key back, or for a new store set one of 32 bytes: openssl rand -hex 32"
         return {"secrets": fault(patient.keyring, mend)}
     given = settings.secret_key.get_secret_value() if settings.secret_key else ""
     for part in given.split(","):

@@ -114,8 +114,8 @@ async def forget_copy(resources: Resources, copy: InputCopy) -> None:
 
 
 async def forget_refused(resources: Resources, refusal: Refused, ids: Iterable[str]) -> None:
-    """The upstream refused a task with these inputs. If it may have lost its copies, which nothing
-    else tells, the next task uploads them anew.
+    """The upstream refused a task with these inputs. No other response shows that it lost a copy,
+    so the next task uploads those anew that no task at work needs.
     """
     if refusal.error["param"] not in (None, "image_urls", "mask_url"):
         return

@@ -70,6 +70,21 @@ async def test_data_is_synced_before_the_rename_and_folders_after_it(
         ]
 
 
+async def test_data_is_synced_once_unless_more_was_written(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    blobs = await LocalBlobs.open(tmp_path)
+    for pieces, syncs in (([], 1), ([b"y"], 2)):
+        calls.clear()
+        async with blobs.incoming() as incoming:
+            await incoming.write(b"x")
+            await incoming.sync()
+            for piece in pieces:
+                await incoming.write(piece)
+            await blobs.put(incoming, NAME, "image/png")
+        assert [kind for kind, _ in calls].count("data") == syncs
+
+
 async def test_opening_removes_temporary_files_of_a_dead_process(tmp_path: Path) -> None:
     """The images stay. `spare` keeps the temporary files that are younger than it."""
     blobs = await LocalBlobs.open(tmp_path)

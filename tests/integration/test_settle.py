@@ -204,7 +204,8 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(confirm_worker, name, getattr(backoff, name))
     called, silent = QueryPlan(True, None, lambda: 0.0), QueryPlan(False, 7.0, lambda: 0.0)
     assert [called.first(estimate) for estimate in (None, 20, 45)] == [60_000, 60_000, 90_000]
-    assert QueryPlan(True, 7.0, lambda: 0.0).first(45) == 7_000
+    soon = QueryPlan(True, 7.0, lambda: 0.0)
+    assert [soon.first(45), soon.again(1, called_back=False)] == [7_000, 7_000]
     assert [silent.first(estimate) for estimate in (None, 4, 45)] == [3_000, 3_000, 22_500]
     assert [called.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [
         60_000,

@@ -326,10 +326,16 @@ def test_a_name_without_a_value_in_the_file_stops_the_start(tmp_path: Path) -> N
 @pytest.mark.parametrize("line", ['="https://x.example', "='https://x.example'/", " x"])
 def test_a_setting_in_a_broken_line_of_the_file_stops_the_start(line: str, tmp_path: Path) -> None:
     """python-dotenv skips such a line, and the setting would have its default."""
-    text = f"A b c\nDARKROOM_PORT=1\nDARKROOM_CALLBACK_URL{line}\nDARKROOM_HOST=::1\n"
+    text = f"A b c\nDARKROOM_PORT=1\n\n\nDARKROOM_CALLBACK_URL{line}\nDARKROOM_HOST=::1\n"
     (tmp_path / ".env").write_text(text)
-    with pytest.raises(ConfigurationError, match="line 3: DARKROOM_CALLBACK_URL cannot be read: "):
+    with pytest.raises(ConfigurationError, match="line 5: DARKROOM_CALLBACK_URL cannot be read: "):
         load_settings({}, tmp_path / ".env")
+
+
+def test_a_broken_line_that_sets_nothing_is_passed_over(tmp_path: Path) -> None:
+    text = 'source /etc/darkroom_env x\necho "$DARKROOM_PORT" now\nDARKROOM_PORT=81\n'
+    (tmp_path / ".env").write_text(text)
+    assert load_settings({}, tmp_path / ".env").port == 81
 
 
 def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
