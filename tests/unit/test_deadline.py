@@ -9,9 +9,9 @@ from service.net.deadline import UNREAD_S, until
 
 async def test_a_limit_that_has_passed_gives_no_further_time() -> None:
     """A body that arrives byte by byte does not outlast the limit of its call."""
-    loop = asyncio.get_running_loop()
-    soon = loop.create_future()
-    loop.call_later(UNREAD_S / 2, soon.set_result, None)
+    loop, soon = asyncio.get_running_loop(), asyncio.Event()
+    arriving = loop.call_later(UNREAD_S / 2, soon.set)
     with pytest.raises(TimeoutError):
         async with until(loop.time() - 2 * UNREAD_S):
-            await soon
+            await soon.wait()
+    arriving.cancel()
