@@ -16,7 +16,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import ParamSpec, Protocol, TypeVar
 
-from service.errors import BlobUnavailable
+from service.errors import BlobMissing, BlobUnavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,6 +97,12 @@ class Blobs(Protocol):
 
     async def free_bytes(self) -> int | None:
         """The room that is left, or None if the store does not know."""
+
+
+async def check_size(blobs: Blobs, name: str, size: int | None, what: str) -> None:
+    """Raises BlobMissing, which names `what`, if the blob does not have this many bytes."""
+    if await blobs.size(name) != size:
+        raise BlobMissing(f"{what} is not as it was stored")
 
 
 def check_name(name: str) -> str:

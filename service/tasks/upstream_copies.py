@@ -16,11 +16,12 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, Row, delete, select
 
+from service.blobs.blob_store import check_size
 from service.db.file_tables import copies
 from service.db.file_tables import files as file_table
 from service.db.tables import images, tasks
 from service.db.transaction import Lease, Transaction, one_by_one
-from service.errors import BlobMissing, BlobUnavailable
+from service.errors import BlobUnavailable
 from service.ids import EXTENSIONS, PREFIXES
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
@@ -77,8 +78,7 @@ async def _copied(
     resources: Resources, row: TaskRow, id: str, source: Row[Any]
 ) -> str | InputProblem:
     try:
-        if await resources.blobs.size(source.blob) != source.bytes:
-            raise BlobMissing("it is not as it was stored")
+        await check_size(resources.blobs, source.blob, source.bytes, "it")
     except BlobUnavailable as error:  # else the upload would break off, as if by the upstream
         return InputProblem(f"the input image {id} was not read: {error}")
     content = resources.blobs.read(source.blob)

@@ -9,7 +9,8 @@ from functools import partial
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from service.errors import ApiError, BlobMissing, invalid_request
+from service.blobs.blob_store import check_size
+from service.errors import ApiError, invalid_request
 from service.net.multipart import FormPart, MultipartForm
 from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.upstreams.catalogue_fields import ImagesField, UnsupportedField
@@ -149,8 +150,7 @@ async def content(request: Request) -> Response:
     """Show the content of an input image."""
     row, blobs = await known_file(request), resources_of(request).blobs
     assert row.blob is not None
-    if await blobs.size(row.blob) != row.bytes:
-        raise BlobMissing(f"the file {row.id} is not as it was stored")
+    await check_size(blobs, row.blob, row.bytes, f"the file {row.id}")
     headers = {
         "Content-Length": str(row.bytes),
         "Content-Security-Policy": HEADERS["Content-Security-Policy"],

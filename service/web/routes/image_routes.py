@@ -6,7 +6,8 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from service.errors import ApiError, BlobMissing
+from service.blobs.blob_store import check_size
+from service.errors import ApiError
 from service.images.downloads import shown_image
 from service.signing import LinkSigner
 from service.web.context import resources_of
@@ -66,8 +67,7 @@ async def image(request: Request) -> Response:
     headers = {**HEADERS, "Cache-Control": lives, "ETag": etag}
     if has_tag(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
-    if await resources.blobs.size(row.blob) != size:
-        raise BlobMissing(f"the image {row.id} is not as it was stored")
+    await check_size(resources.blobs, row.blob, size, f"the image {row.id}")
     if request.method == "HEAD":
         return Response(headers={**headers, "Content-Length": str(size)}, media_type=media_type)
     same = request.headers.get("if-range", etag) == etag

@@ -111,8 +111,8 @@ async def accepted(request: Request, key: str | None) -> tuple[str, TaskRow | No
 
 
 async def read_submission(request: Request) -> tuple[JSON, int]:
-    """The body of a submission, and its bytes. Raises ApiError 413 for one that is long without
-    the `data:` URLs of its input images.
+    """The body of a submission, and its size in bytes. Raises ApiError 413 if more than `MAX_BODY`
+    bytes of it are no `data:` URLs of input images.
     """
     text = await read_body(request, MAX_SUBMISSION)
     body, size = await parsed(text), len(text)

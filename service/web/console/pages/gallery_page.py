@@ -9,7 +9,8 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from service.errors import ApiError, BlobMissing, invalid_request
+from service.blobs.blob_store import check_size
+from service.errors import ApiError, invalid_request
 from service.images.downloads import shown_image
 from service.strict_json import JSON
 from service.web.console.visits import View, Visit
@@ -83,8 +84,7 @@ async def download(visit: Visit) -> Response:
         row = await visit.context.resources.store.look_up(shown_image, image["id"])
         if row is None or row.blob is None:
             raise ApiError(410, "gone", f"the picture {name} was erased")
-        if await visit.context.resources.blobs.size(row.blob) != row.bytes:
-            raise BlobMissing(f"the picture {name} is not as it was stored")
+        await check_size(visit.context.resources.blobs, row.blob, row.bytes, f"the picture {name}")
         extension = row.blob.rpartition(".")[2]
         found.append((f"{task['id']}-{image['index']}.{extension}", row.blob))
     headers = {"content-disposition": 'attachment; filename="pictures.zip"'}
