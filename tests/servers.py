@@ -27,24 +27,34 @@ MISSING = "no server: "  # prefix of every such skip, to count them
 
 
 def free_port() -> int:
-    """A port that is free now, below those that the kernel gives to outgoing connections. Such a
-    connection could take the port of a server that is being started. The numbers do not follow the
-    seed of the tests, which is the same in all their processes.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+    """A port that no socket is bound to now."""
+    with _bound_to_a_free_port() as bound:
+        return int(bound.getsockname()[1])
 
 
 def kept_port(stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> int:
     """Reserves a port, so that no other process gets it while the service does not run. This
     process binds it, and the service can bind it too and listen on it.
     """
-    bound = stack.enter_context(socket.socket())
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", free_port()))
+    bound = stack.enter_context(_bound_to_a_free_port())
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # from now on the service can
     return int(bound.getsockname()[1])
+
+
+def _bound_to_a_free_port() -> socket.socket:
+    """A socket bound without SO_REUSEADDR: with it, the kernel gives it a port that another test
+    keeps. The port is below those of outgoing connections. Such a connection could take it from a
+    server that is being started. The numbers do not follow the seed of the tests, which is the same
+    in all their processes.
+    """
+    while True:
+        bound = socket.socket()
+        try:
+            bound.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+        except OSError:
+            bound.close()
+        else:
+            return bound
 
 
 def missing(server: str, variable: str = "") -> NoReturn:

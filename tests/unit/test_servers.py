@@ -1,10 +1,14 @@
-"""Tests that need a server: a missing server skips a test at a desk and fails it in CI."""
+"""What the tests use to run servers: a missing server skips a test at a desk and fails it in CI,
+and a reserved port is given to one test alone.
+"""
 
+import contextlib
+import socket
 from types import SimpleNamespace
 
 import pytest
 
-from tests.servers import missing, missing_counted
+from tests.servers import free_port, kept_port, missing, missing_counted
 from tests.waiting import wait_until
 
 
@@ -24,6 +28,16 @@ def test_a_missing_server_fails_when_ci_is_set(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no server: PostgreSQL"):
         missing("PostgreSQL", "DARKROOM_TEST_POSTGRES_URL")
+
+
+def test_a_kept_port_is_given_once_and_can_be_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        kept, other = kept_port(stack), free_port()
+        drawn = iter([kept, other, kept, other])
+        source = SimpleNamespace(randrange=lambda *_: next(drawn))
+        monkeypatch.setattr("random.SystemRandom", lambda: source)
+        assert (free_port(), kept_port(stack)) == (other, other)
+        socket.create_server(("127.0.0.1", kept)).close()
 
 
 async def test_waiting_ends_with_a_value_or_fails_at_its_limit() -> None:
