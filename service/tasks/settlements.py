@@ -111,8 +111,6 @@ def finish_at_once(
     """Records a completed report that was the answer to the submission. It has no id, so nothing
     can be asked again.
     """
-    if row.settled_digest is not None:
-        return
     submitted(tx, row, None, "answer", report)
     item = Settlement(lease, report, row.settle_requests, 0, result_ttl_ms)
     if row.terminal:

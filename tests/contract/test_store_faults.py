@@ -5,7 +5,7 @@ Crashes of a process are counted too (docs/reliability.md).
 import pytest
 
 from service.db.queues import QUEUES
-from service.db.tables import deliveries, images
+from service.db.tables import deliveries, events, images, replays
 from service.db.transaction import Lease
 from service.images.downloads import Retry
 from service.queue import crashes, leases
@@ -133,6 +133,21 @@ async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> 
         "redeliver",
         task_id,
     )
+
+
+async def test_the_tenth_fault_of_a_replay_cancels_it(subject: Subject) -> None:
+    """Operators get the event. It names no task, because a replay has none."""
+    key = await subject.replay()
+    await faulty(subject, "replay", key)
+    row = await subject.row(replays, key)
+    assert (row["state"], row["finished_at"] is not None, row["due_at"]) == (
+        "cancelled",
+        True,
+        None,
+    )
+    (event,) = await subject.rows(events, type="task.parked")
+    data = event["data"]
+    assert (data["stage"], data["key"], data["task_id"]) == ("replay", key, None)
 
 
 async def overtaken(subject: Subject, stage: str) -> tuple[Lease, str]:

@@ -11,7 +11,7 @@ from service.db.transaction import Lease
 from service.tasks.accept import insert_tasks
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult
-from service.upstreams.base import Report, Status
+from service.upstreams.base import Finished, Report, Status
 from tests.contract.subject import (
     FIRST_QUERY,
     HOUR,
@@ -28,6 +28,7 @@ from tests.contract.subject import (
     error_of,
     processing,
     refuses,
+    stored,
     upstream_id,
 )
 
@@ -421,6 +422,31 @@ async def test_a_submit_response_after_a_cancel_leaves_the_end_as_it_is(subject:
         1_000_000,
         subject.clock.now + FIRST_QUERY,
     )
+    assert await subject.types(lease.key) == ["image.task.cancelled"]
+
+
+async def test_a_response_with_results_is_recorded_once(subject: Subject) -> None:
+    """The worker repeats a write whose commit seemed lost, before and after the task has ended."""
+    lease = await subject.submitting()
+    finished = SubmissionResult(lease, Finished(completed(lease.key, "https://r.test/0")))
+    assert await subject.submission(lease, finished) is State.STORING
+    rows, noted = await subject.images(lease.key), await subject.rows(steps, task_id=lease.key)
+    assert await subject.submission(lease, finished) is State.STORING
+    assert await subject.images(lease.key) == rows
+    assert await subject.rows(steps, task_id=lease.key) == noted
+    (image,) = await subject.images(lease.key)
+    await subject.download(image, stored(image))
+    assert await subject.submission(lease, finished) is State.COMPLETED
+    assert len(await subject.images(lease.key)) == 1
+    assert await subject.types(lease.key) == ["image.task.submitted", "image.task.completed"]
+
+
+async def test_results_in_a_response_after_a_cancel_are_not_kept(subject: Subject) -> None:
+    lease = await subject.submitting()
+    await subject.cancel(lease.key)
+    finished = SubmissionResult(lease, Finished(completed(lease.key, "https://r.test/0")))
+    assert await subject.submission(lease, finished) is State.CANCELLED
+    assert await subject.images(lease.key) == []
     assert await subject.types(lease.key) == ["image.task.cancelled"]
 
 

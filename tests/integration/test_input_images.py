@@ -298,6 +298,23 @@ async def test_a_file_erased_while_a_task_waits_with_it_fails_the_task(tmp_path:
         assert await sent(there) == 0
 
 
+async def test_a_file_erased_during_its_upload_is_erased_at_the_upstream(tmp_path: Any) -> None:
+    async with world(tmp_path, sandbox=options(upload_delay=0.5)) as there:
+
+        async def copies() -> int:
+            listed = (await there.sandbox.get("/api/v1/files/list")).json()["data"]
+            return int(listed["total"])
+
+        file = await uploaded(there.client)
+        task = got(await there.client.post(SUBMIT, json=edit(file["id"]), headers=ASYNC))
+        await wait_until(copies)
+        assert (await there.client.delete(f"/v1/files/{file['id']}")).status_code == 204
+        task = await there.ended(task["id"])
+        assert (task["state"], task["error"]["code"]) == ("failed", "input_gone")
+        assert await copies() == 0
+        assert await sent(there) == 0
+
+
 async def test_an_input_that_the_image_store_lost_is_named_as_the_reason(here: World) -> None:
     """The upstream is not blamed, and nothing is sent."""
     async with here.owner() as client:
@@ -342,6 +359,20 @@ async def test_a_copy_that_the_upstream_lost_is_made_anew_after_its_refusal(here
 
         assert not await accepted()
         await wait_until(accepted)
+
+
+async def test_a_refusal_that_names_another_field_keeps_the_copies(tmp_path: Any) -> None:
+    """The upstream refused the model, so it has not lost the input image."""
+    async with world(tmp_path, sandbox=options()) as there:
+        file = await uploaded(there.client)
+        for _ in range(2):
+            body = edit(file["id"], model="no-such-model")
+            task = got(await there.client.post(SUBMIT, json=body, headers=ASYNC))
+            task = await there.ended(task["id"])
+            assert (task["state"], task["error"]["param"]) == ("failed", "model"), task
+        listed = (await there.sandbox.get("/api/v1/files/list")).json()["data"]
+        assert listed["total"] == 1
+        assert (await there.sandbox.get(listed["files"][0]["file_url"])).status_code == 200
 
 
 async def test_copies_that_no_task_needs_make_room_in_a_full_account(tmp_path: Any) -> None:
