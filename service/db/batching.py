@@ -105,7 +105,7 @@ class BatchingStore(ABC):
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
         """Runs a query on a connection that sees every earlier commit. Reads for different holders
-        take turns (`fair_places`).
+        take turns (`fair_slots`).
         """
 
     async def look_up(

@@ -24,7 +24,7 @@ from service.db.clock import steady_ns, wall_clock
 from service.db.failover import CHANNEL, connecting
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
-from service.fair_places import FairPlaces
+from service.fair_slots import FairSlots
 
 log = structlog.get_logger()
 
@@ -91,7 +91,7 @@ class PostgresStore(BatchingStore):
         self._clock = clock  # of the database's time; a test shifts it
         self._looked = (wall_clock(), steady_ns())  # the database's time, and when it was read
         self._fresh_until = 0
-        self._places = FairPlaces(READERS)  # slow reads leave the committers connections
+        self._read_slots = FairSlots(READERS)  # slow reads leave the committers connections
 
     def now(self, connection: Connection) -> int:
         """The database's time. For a second after it was read, it costs no round trip."""
@@ -150,7 +150,7 @@ class PostgresStore(BatchingStore):
             return query(connection, *args, **kwargs)
 
         try:
-            async with self._places.place():
+            async with self._read_slots.slot():
                 for last in (False, True):
                     try:
                         async with self._queries.connect() as connection:

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from sqlalchemy import Connection
 
 from service.db.batching import BatchingStore
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 
 MOST = 32  # rows: a job uses its row some milliseconds after the read
 

@@ -33,7 +33,7 @@ from service.db.integrity import begin, connecting, damaged, examine
 from service.db.queues import release_all
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreInUse, StoreUnavailable
-from service.fair_places import FairPlaces
+from service.fair_slots import FairSlots
 from service.folders import make_private
 
 IMMEDIATE = "BEGIN IMMEDIATE"
@@ -100,7 +100,7 @@ class SqliteStore(BatchingStore):
         self._path = path
         self._committing = ThreadPoolExecutor(1, "store-commit")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
-        self._places = FairPlaces(READERS)
+        self._read_slots = FairSlots(READERS)
         self._engine = new_engine(path, readonly=False)
         self._reading = new_engine(path, readonly=True)
         self._connection: Connection | None = None
@@ -165,7 +165,7 @@ class SqliteStore(BatchingStore):
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
         run = partial(self._read, query, *args, **kwargs)
-        async with self._places.place():
+        async with self._read_slots.slot():
             return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     async def look_up(

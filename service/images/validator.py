@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from service.errors import BlobUnavailable
-from service.fair_places import FairPlaces
+from service.fair_slots import FairSlots
 from service.images.validated_image import InvalidImage, MeasuredImage, Validation, ValidImage
 from service.strict_json import JSON
 
@@ -142,7 +142,7 @@ class ImageValidator:
     """
 
     def __init__(self, concurrency: int, max_bytes: int, max_pixels: int) -> None:
-        self._places = FairPlaces(AT_ONCE if concurrency == 1 else concurrency, rest=0)
+        self._slots = FairSlots(AT_ONCE if concurrency == 1 else concurrency, rest=0)
         self._concurrency, self._limits = concurrency, (max_bytes, max_pixels)
         self.children: list[Child] = []
 
@@ -159,7 +159,7 @@ class ImageValidator:
         """
         request = {"path": str(path), "compressed": compressed, "flatten": flatten}
         answer: JSON | None = None
-        async with self._places.place():
+        async with self._slots.slot():
             while answer is None:
                 answer = await self._child().ask(request)
         if "unavailable" in answer:

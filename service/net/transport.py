@@ -28,7 +28,7 @@ from service.errors import (
     NoRoute,
     NotConnected,
 )
-from service.fair_places import FairPlaces
+from service.fair_slots import FairSlots
 from service.net.addresses import Address
 from service.net.response_parser import ResponseEnd, ResponseParser
 from service.net.service_client import CONNECT, USER_AGENT
@@ -61,14 +61,14 @@ class SystemResolver:
 
     def __init__(self, purpose: str) -> None:
         self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix=f"lookup-{purpose}")
-        self._places = FairPlaces(LOOKUPS, LOOKUPS_REST)
+        self._slots = FairSlots(LOOKUPS, LOOKUPS_REST)
         self._running: dict[str, asyncio.Future[Sequence[str]]] = {}
 
     async def __call__(self, host: str) -> Sequence[str]:
         if host not in self._running:
-            holder = await self._places.take()
+            holder = await self._slots.take()
             if host in self._running:  # another call has begun it meanwhile
-                self._places.give_back(holder)
+                self._slots.give_back(holder)
             else:
                 self._begin(host, holder)
         look_up = self._running[host]
@@ -78,7 +78,7 @@ class SystemResolver:
     def _begin(self, host: str, holder: str) -> None:
         def ended(look_up: asyncio.Future[Sequence[str]]) -> None:
             del self._running[host]
-            self._places.give_back(holder)
+            self._slots.give_back(holder)
             if not look_up.cancelled():
                 look_up.exception()  # known, even if every call was given up
 

@@ -14,7 +14,7 @@ from service.db.prepared import run
 from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction, one_by_one
-from service.fair_places import has_share
+from service.fair_slots import has_share
 
 Rows = Callable[[Connection, Sequence[str]], Mapping[str, Any]]  # what leases need, by key
 
@@ -30,7 +30,7 @@ TOLERANCE_MS = 15_000
 # bursts, and a row that takes long meets all of them.
 CANDIDATE_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
 LONGEST_WAIT_MS = 320_000
-# An owner may use one slot for each four that stay free (see `fair_places`). A delivery holds its
+# An owner may use one slot for each four that stay free (see `fair_slots`). A delivery holds its
 # slot until the server answers or the attempt times out.
 REST = 4
 

@@ -125,10 +125,10 @@ class ConcurrencyLimiter:
             if limit.waiting and self._free(kind)
         ]:
             _, _, limit = min(able, key=lambda each: each[:2])
-            _, given = limit.waiting.popleft()
-            if not given.cancelled():
+            _, slot = limit.waiting.popleft()
+            if not slot.cancelled():
                 limit.used += 1
-                given.set_result(None)
+                slot.set_result(None)
 
     def _free(self, kind: Kind) -> bool:
         limit = self.kinds[kind]
@@ -152,7 +152,7 @@ KNOWN = 10_000  # endpoints
 
 
 @dataclass(slots=True)
-class Line:
+class WaitQueue:
     """The first attempts or the retries of one endpoint."""
 
     busy: int = 0
@@ -164,16 +164,16 @@ class Line:
 class EndpointLoad:
     limit: float = FIRST
     usual_s: float = 0.1  # of an attempt, as a moving average
-    heard_at: float = 0.0  # when the last attempt ended, or the first began
+    silent_since: float = 0.0  # when the last attempt ended, or the first began
     healthy: bool = True  # the last attempt succeeded
-    first: Line = field(default_factory=Line)
-    again: Line = field(default_factory=Line)
+    first: WaitQueue = field(default_factory=WaitQueue)
+    again: WaitQueue = field(default_factory=WaitQueue)
 
     @property
     def busy(self) -> int:
         return self.first.busy + self.again.busy
 
-    def line(self, *, first: bool) -> tuple[Line, int]:
+    def queue(self, *, first: bool) -> tuple[WaitQueue, int]:
         """First attempts or retries, and their limit."""
         if first:
             return self.first, int(self.limit)
@@ -199,17 +199,17 @@ class EndpointLimiter:
         if len(self._loads) >= KNOWN:
             self._loads = {key: load for key, load in self._loads.items() if load.busy}
         load, now = self._loads.setdefault(endpoint, EndpointLoad()), self._clock()
-        line, limit = load.line(first=first)
-        if line.busy < limit:
+        queue, limit = load.queue(first=first)
+        if queue.busy < limit:
             if not load.busy:
-                load.heard_at = now
-            line.busy += 1
+                load.silent_since = now
+            queue.busy += 1
             return None
         # A silent endpoint takes at least as long as it has been silent. A healthy one soon takes
         # more at once.
-        each_s = max(load.usual_s, now - load.heard_at) / (2 * MOST if load.healthy else limit)
-        line.turn_at = max(line.turn_at, now) + each_s
-        return min(max(line.turn_at - now, SHORTEST_S), LONGEST_S)
+        each_s = max(load.usual_s, now - load.silent_since) / (2 * MOST if load.healthy else limit)
+        queue.turn_at = max(queue.turn_at, now) + each_s
+        return min(max(queue.turn_at - now, SHORTEST_S), LONGEST_S)
 
     async def wait(self, endpoint: str, seconds: float, *, first: bool) -> bool:
         """Waits for a slot in order of arrival, if `acquire` said that one is soon free. False: no
@@ -218,29 +218,29 @@ class EndpointLimiter:
         if seconds > PATIENCE_S:
             return False  # an endpoint at its full limit may take twice the estimate
         load = self._loads[endpoint]
-        line, _ = load.line(first=first)
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.waiting.append(place)
+        queue, _ = load.queue(first=first)
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.waiting.append(slot)
         try:
-            await asyncio.wait([place], timeout=2 * PATIENCE_S)
+            await asyncio.wait([slot], timeout=2 * PATIENCE_S)
         except asyncio.CancelledError:
-            if not place.cancel():  # the slot was given in the same turn of the loop
-                line.busy -= 1
+            if not slot.cancel():  # the slot was given in the same turn of the loop
+                queue.busy -= 1
                 self._admit(load)
             raise
-        return not place.cancel()
+        return not slot.cancel()
 
     def record(self, endpoint: str, seconds: float, *, first: bool, healthy: bool | None) -> bool:
         """Frees the slot of an attempt that took so many seconds. `healthy` is None if the attempt
         says nothing about the endpoint. Returns whether other deliveries wait for it.
         """
         load, now = self._loads[endpoint], self._clock()
-        line, _ = load.line(first=first)
-        line.busy -= 1
-        waited = line.turn_at > now
+        queue, _ = load.queue(first=first)
+        queue.busy -= 1
+        waited = queue.turn_at > now
         if healthy is not None:
             load.usual_s += (seconds - load.usual_s) / 4
-            load.heard_at = now
+            load.silent_since = now
             if healthy and not load.healthy:  # new deliveries do not wait behind a dead endpoint's
                 load.first.turn_at = load.again.turn_at = 0.0
             load.limit = min(MOST, load.limit + 1) if healthy else max(1.0, load.limit / 2)
@@ -251,8 +251,8 @@ class EndpointLimiter:
     def _admit(self, load: EndpointLoad) -> None:
         """Gives free slots to the deliveries that wait for them."""
         for first in (True, False):
-            line, limit = load.line(first=first)
-            while line.waiting and line.busy < limit:
-                if not (place := line.waiting.popleft()).done():
-                    line.busy += 1
-                    place.set_result(None)
+            queue, limit = load.queue(first=first)
+            while queue.waiting and queue.busy < limit:
+                if not (slot := queue.waiting.popleft()).done():
+                    queue.busy += 1
+                    slot.set_result(None)

@@ -8,7 +8,7 @@ import structlog
 
 from service.db.transaction import Lease
 from service.errors import BlobUnavailable, StoreUnavailable
-from service.fair_places import has_share
+from service.fair_slots import has_share
 from service.queue.crashes import DeadLetter
 from service.queue.leases import REST, Rows
 

@@ -19,7 +19,7 @@ from structlog.contextvars import bound_contextvars
 from service.db.batching import BatchingStore
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import ApiError
-from service.fair_places import has_share
+from service.fair_slots import has_share
 
 BODIES, BODIES_OF_ADDRESS, BODIES_OF_KEY = 500, 400, 200  # that are not complete yet
 MIB = 1 << 20

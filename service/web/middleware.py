@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 from service.ops import tracing
 from service.resources import new_id
 from service.web.error_responses import error_body

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from service.errors import ApiError
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 from service.ops.metrics import Metrics
 from service.web.key_shares import BodyShares, Share, Shares
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, text
 
 from service.db.sqlite import SqliteStore
 from service.db.tables import deliveries
-from service.fair_places import has_share
+from service.fair_slots import has_share
 from service.queue import leases
 from service.queue.leases import REST
 from tests.contract.subject import Subject

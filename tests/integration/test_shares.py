@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from service.errors import ApiError
 from service.events import feed
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 from service.ops.metrics import Metrics
 from service.web import key_shares, overload, server, server_protocol
 from service.web.key_shares import BodyShares, Shares, address_of

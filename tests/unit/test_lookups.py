@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from service.errors import NotConnected
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 from service.net import egress_client
 from service.net.egress_client import Egress, Rules
 from service.net.transport import LOOKUPS, LOOKUPS_REST, SystemResolver

@@ -13,7 +13,7 @@ from starlette.types import Scope
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.fair_places import HOLDER
+from service.fair_slots import HOLDER
 from service.web.bodies import check_coding
 from service.web.context import context_of
 

@@ -1,32 +1,32 @@
-"""Fair places: holders take turns, and a newcomer finds a free place."""
+"""Fair slots: holders take turns, and a newcomer finds a free slot."""
 
 import asyncio
 from collections import Counter
 
 import pytest
 
-from service.fair_places import HOLDER, FairPlaces, has_share
+from service.fair_slots import HOLDER, FairSlots, has_share
 
 
 class Work:
     """Work of several holders, each piece of which ends when it is told to."""
 
-    def __init__(self, places: FairPlaces) -> None:
-        self.places, self.running = places, list[str]()
+    def __init__(self, slots: FairSlots) -> None:
+        self.slots, self.running = slots, list[str]()
         self.ends = dict[str, list[asyncio.Event]]()
 
     async def piece(self, holder: str, end: asyncio.Event) -> None:
         HOLDER.set(holder)
-        async with self.places.place():
+        async with self.slots.slot():
             self.running.append(holder)
             self.ends.setdefault(holder, []).append(end)
             await end.wait()
             self.running.remove(holder)
 
     async def begin(self, holder: str, count: int) -> list["asyncio.Task[None]"]:
-        made = [asyncio.create_task(self.piece(holder, asyncio.Event())) for _ in range(count)]
+        tasks = [asyncio.create_task(self.piece(holder, asyncio.Event())) for _ in range(count)]
         await settled()
-        return made
+        return tasks
 
     async def end(self, holder: str) -> None:
         self.ends[holder].pop(0).set()
@@ -41,10 +41,10 @@ async def settled() -> None:
 @pytest.mark.parametrize(
     ("total", "rest", "share"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (128, 4, 26)]
 )
-async def test_a_newcomer_finds_a_place_beside_a_greedy_holder(
+async def test_a_newcomer_finds_a_slot_beside_a_greedy_holder(
     total: int, rest: int, share: int
 ) -> None:
-    work = Work(FairPlaces(total, rest))
+    work = Work(FairSlots(total, rest))
     tasks = await work.begin("greedy", 2 * total)
     assert len(work.running) == share
     tasks += await work.begin("newcomer", 1)
@@ -56,7 +56,7 @@ async def test_a_newcomer_finds_a_place_beside_a_greedy_holder(
 
 async def test_holders_take_turns_however_much_one_of_them_wants() -> None:
     """A piece of work waits for at most one piece of each other holder that waits."""
-    work = Work(FairPlaces(1))
+    work = Work(FairSlots(1))
     tasks = await work.begin("greedy", 20)
     for holder in ("one", "two", "one"):
         tasks += await work.begin(holder, 1)
@@ -69,10 +69,10 @@ async def test_holders_take_turns_however_much_one_of_them_wants() -> None:
     assert Counter(order) == {"greedy": 20, "one": 2, "two": 1}
 
 
-async def test_who_leaves_the_queue_takes_no_place() -> None:
+async def test_who_leaves_the_queue_takes_no_slot() -> None:
     """Whether it waits, or was admitted in the turn in which it is cancelled."""
-    places = FairPlaces(1)
-    work = Work(places)
+    slots = FairSlots(1)
+    work = Work(slots)
     tasks = await work.begin("first", 1)
     waiting = await work.begin("second", 3)
     waiting[0].cancel()
@@ -84,7 +84,7 @@ async def test_who_leaves_the_queue_takes_no_place() -> None:
     assert work.running == ["second"]
     await work.end("second")
     await asyncio.gather(*tasks, waiting[2])
-    assert (places._free, dict(places._used), places._waiting) == (1, {}, {})
+    assert (slots._free, dict(slots._used), slots._waiting) == (1, {}, {})
 
 
 @pytest.mark.parametrize(
