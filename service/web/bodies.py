@@ -52,12 +52,12 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
-    shedder, body, held = context_of(request).shedder, bytearray(), request.state.body
+    shedder, body, entry = context_of(request).shedder, bytearray(), request.state.body
     try:
         async with asyncio.timeout(BODY_S) as timer:
-            with shedder.idle(), shedder.bodies.arriving(held, *reader_of(request), timer):
+            with shedder.idle(), shedder.bodies.arriving(entry, *reader_of(request), timer):
                 async for chunk in request.stream():
-                    shedder.bodies.grow(held, len(chunk))
+                    shedder.bodies.grow(entry, len(chunk))
                     body += chunk
                     if len(body) > most:
                         raise ApiError(413, "body_too_large", f"the body has at most {most} bytes")
@@ -110,10 +110,10 @@ def validated(kind: type[Model], body: JSON) -> Model:
         raise invalid_request(f"{param}: {message}" if param else message, param) from None
 
 
-def within(body: JSON, place: tuple[int | str, ...]) -> object:
-    """The value at a place of the body, or the innermost value on the way to it."""
+def within(body: JSON, path: tuple[int | str, ...]) -> object:
+    """The value at a path of the body, or the innermost value on the way to it."""
     value: object = body
-    for part in place:
+    for part in path:
         try:
             value = value[part]  # type: ignore[index] # else there is none
         except (KeyError, IndexError, TypeError):
@@ -146,9 +146,9 @@ def query_text(
 
 def asks_for(request: Request, media_type: str) -> bool:
     """`Accept` names the media type, and not with the weight 0 (RFC 9110, 12.5.1)."""
-    wanted = re.escape(media_type) + r"\s*(;(?!.*\bq=0(\.0*)?\s*(;|$)).*)?"
+    pattern = re.escape(media_type) + r"\s*(;(?!.*\bq=0(\.0*)?\s*(;|$)).*)?"
     kinds = ",".join(request.headers.getlist("accept")).split(",")
-    return any(re.fullmatch(r"\s*" + wanted, kind, re.IGNORECASE) for kind in kinds)
+    return any(re.fullmatch(r"\s*" + pattern, kind, re.IGNORECASE) for kind in kinds)
 
 
 def query_seconds(request: Request, name: str, most: float) -> float:

@@ -50,9 +50,9 @@ def allowed_headers(headers: dict[str, str]) -> dict[str, str]:
         if not re.fullmatch(NAME, name):
             raise ValueError(f"{name[:100]!r} is reserved or no name of a header")
         if not re.fullmatch(VALUE, value):
-            found = re.search(r"[^\t -~]|^[ \t]|[ \t]$", value)
+            match = re.search(r"[^\t -~]|^[ \t]|[ \t]$", value)
             limit = "has at most 1000 visible ASCII characters, with spaces only between them"
-            wrong = repr(found[0]) if found else len(value)
+            wrong = repr(match[0]) if match else len(value)
             raise ValueError(f"{name}: a value {limit}, not {wrong}")
     return headers
 

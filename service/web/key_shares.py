@@ -61,10 +61,10 @@ class Shares:
 
     def count(self, holder: str, key: str, change: int) -> None:
         self.taken += change
-        for place in ((holder,), (holder, key)):
-            self.held[place] += change
-            if not self.held[place]:
-                del self.held[place]
+        for group in ((holder,), (holder, key)):
+            self.held[group] += change
+            if not self.held[group]:
+                del self.held[group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class HeldBody:
     timer: asyncio.Timeout | None = None
 
     @property
-    def places(self) -> tuple[tuple[str, int, int | None, int], ...]:
+    def limits(self) -> tuple[tuple[str, int, int | None, int], ...]:
         """For each share: whose it is, its most bodies and bytes, and the status of a refusal. No
         bytes: those that are free.
         """
@@ -147,10 +147,10 @@ class BodyShares:
 
     def forget(self, body: HeldBody) -> None:
         """The body's bytes are free for other requests."""
-        for place, *_ in body.places:
-            self._bytes[place] -= body.size
-            if not self._bytes[place]:
-                del self._bytes[place]
+        for group, *_ in body.limits:
+            self._bytes[group] -= body.size
+            if not self._bytes[group]:
+                del self._bytes[group]
         body.size = 0
 
     @contextmanager
@@ -160,8 +160,8 @@ class BodyShares:
         """Around the reading of a body. Its `timer` also ends it for another. Raises ApiError."""
         body.key, body.address, body.timer = key, address, timer
         body.began = asyncio.get_running_loop().time()
-        for place, most, _, status in body.places:
-            while len(near := self._near(place)) >= most:
+        for group, most, _, status in body.limits:
+            while len(near := self._near(group)) >= most:
                 message = f"there are {most} bodies already that are not complete"
                 self._make_room(body, near, lambda _: 1, status, message)
         self._open[body] = None
@@ -172,18 +172,18 @@ class BodyShares:
 
     def grow(self, body: HeldBody, size: int) -> None:
         """More bytes of a body are in memory. Raises ApiError 429 or 503 if there is no room."""
-        for place, _, most, status in body.places:
-            while self._bytes[place] + size > (BYTES - self.size if most is None else most):
-                all_of = self._near("" if most is None else place)
+        for group, _, most, status in body.limits:
+            while self._bytes[group] + size > (BYTES - self.size if most is None else most):
+                all_of = self._near("" if most is None else group)
                 near = [each for each in all_of if each.size and each is not body]
-                message = f"the bodies under way have {self._bytes[place] >> 20} MiB already"
+                message = f"the bodies under way have {self._bytes[group] >> 20} MiB already"
                 self._make_room(body, near, lambda each: each.size, status, message)
-        for place, *_ in body.places:
-            self._bytes[place] += size
+        for group, *_ in body.limits:
+            self._bytes[group] += size
         body.size += size
 
-    def _near(self, place: str) -> list[HeldBody]:
-        return [each for each in self._open if place in (near for near, *_ in each.places)]
+    def _near(self, group: str) -> list[HeldBody]:
+        return [each for each in self._open if group in (near for near, *_ in each.limits)]
 
     def _make_room(
         self,
@@ -228,26 +228,26 @@ class UnsentBytes:
     """
 
     def __init__(self) -> None:
-        self._held: dict[SlowReader, int] = {}  # the longest first
+        self._sizes: dict[SlowReader, int] = {}  # the longest first
         self.total = 0
 
     def hold(self, reader: SlowReader, size: int) -> None:
         self.release(reader)
-        self._held[reader] = size
+        self._sizes[reader] = size
         self.total += size
         if self.total > MAX_UNSENT:
             self._end_slowest()
 
     def release(self, reader: SlowReader) -> None:
-        self.total -= self._held.pop(reader, 0)
+        self.total -= self._sizes.pop(reader, 0)
 
     def _end_slowest(self) -> None:
         """Down to three quarters, as each look at all connections takes time."""
         by_address = Counter[str]()
-        for reader, size in self._held.items():
+        for reader, size in self._sizes.items():
             by_address[reader.address] += size
         for address, _ in by_address.most_common():
-            for reader in [each for each in self._held if each.address == address]:
+            for reader in [each for each in self._sizes if each.address == address]:
                 if self.total <= MAX_UNSENT * 3 // 4:
                     return
                 self.release(reader)

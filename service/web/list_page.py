@@ -68,8 +68,8 @@ async def page(
             return [(position(item), compact_json(shown(item)).encode()) for item in items]
 
         polite = courtesy(connection)
-        found = in_batches(some, lambda item: item[0], size, first.after, limit + 1, polite)
-        return that_fit(found, size, PAGE_BYTES)
+        entries = in_batches(some, lambda item: item[0], size, first.after, limit + 1, polite)
+        return that_fit(entries, size, PAGE_BYTES)
 
     items, more = await resources_of(request).store.read(read)
     if more or len(items) > limit:

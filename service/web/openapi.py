@@ -66,17 +66,17 @@ def operation(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
         given += headers(SUBMIT_HEADERS)
     if spec.path == "/v1/events":
         given += headers(STREAM_HEADERS)
-    made: JSON = {
+    fields: JSON = {
         "operationId": spec.id,
         "summary": spec.summary,
         "parameters": given,
         "responses": responses(spec),
     }
-    if found := links(spec, specs):
-        made["responses"][str(spec.status)]["links"] = found
+    if onward := links(spec, specs):
+        fields["responses"][str(spec.status)]["links"] = onward
     if spec.scopes:
-        made["security"] = [{"key": []}]
-        made["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
+        fields["security"] = [{"key": []}]
+        fields["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
     if spec.body:
-        made["requestBody"] = body(spec)
-    return made
+        fields["requestBody"] = body(spec)
+    return fields

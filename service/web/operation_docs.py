@@ -106,26 +106,26 @@ def responses(spec: Spec) -> JSON:
         success["content"] = content
     if operation == "POST /v1/images/generations":
         success["headers"] |= SUBMIT_HEADERS
-    made = {str(spec.status): success}
+    answers = {str(spec.status): success}
     if spec.path in NOT_MODIFIED:
-        made["304"] = {"description": "The client has it already.", "headers": REQUEST_ID}
+        answers["304"] = {"description": "The client has it already.", "headers": REQUEST_ID}
     if spec.path == "/images/{image_id}":
-        made["206"] = {**success, "description": "The asked range of the image."}
+        answers["206"] = {**success, "description": "The asked range of the image."}
     for status in statuses(spec):
-        made[status] = refusal(spec, status)
-    return made
+        answers[status] = refusal(spec, status)
+    return answers
 
 
 def statuses(spec: Spec) -> list[str]:
     """The statuses of refusals. Every operation refuses unknown parameters and content codings."""
-    made = {"400", "415", "503", *FURTHER.get(f"{spec.method} {spec.path}", "").split()}
+    codes = {"400", "415", "503", *FURTHER.get(f"{spec.method} {spec.path}", "").split()}
     if spec.scopes:
-        made |= {"401", "403", "429"}
+        codes |= {"401", "403", "429"}
     if "{" in spec.path:
-        made.add("404")
+        codes.add("404")
     if spec.body:
-        made |= {"408", "413"}
-    return sorted(made)
+        codes |= {"408", "413"}
+    return sorted(codes)
 
 
 def refusal(spec: Spec, status: str) -> JSON:
@@ -169,16 +169,16 @@ QUERIES: Mapping[str, str] = {"task": "task_id", "endpoint": "endpoint_id"}
 def sources(spec: Spec) -> dict[str, str]:
     """Parameters that the answer fills, each with the expression of its value."""
     name = spec.answer.__name__ if spec.answer else ""
-    kind, place = name.removesuffix("List"), "data/0/" if name.endswith("List") else ""
-    filled = {each: f"{place}{value}" for each, value in FILLS.get(kind, {}).items()}
-    if place:
+    kind, prefix = name.removesuffix("List"), "data/0/" if name.endswith("List") else ""
+    filled = {each: f"{prefix}{value}" for each, value in FILLS.get(kind, {}).items()}
+    if prefix:
         filled["after" if name == "EntryList" else "cursor"] = "next_cursor"
     return {each: f"$response.body#/{value}" for each, value in filled.items()}
 
 
 def links(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
     """Links to the operations that take what the answer has."""
-    given, made = sources(spec), {}
+    given, targets = sources(spec), {}
     for target in specs:
         if target.path.startswith(THEIRS) and not spec.path.startswith(THEIRS):
             continue  # another API for the same files
@@ -189,14 +189,14 @@ def links(spec: Spec, specs: tuple[Spec, ...]) -> JSON:
             if QUERIES.get(query, query) in given
             and (query not in ("cursor", "after") or target is spec)
         }
-        wanted = named if "{" in target.path else asked
-        if wanted and not (target is spec and named):
+        values = named if "{" in target.path else asked
+        if values and not (target is spec and named):
             expressions = {
                 f"{'path' if name in named else 'query'}.{name}": value
-                for name, value in wanted.items()
+                for name, value in values.items()
             }
-            made[target.id] = {"operationId": target.id, "parameters": expressions}
-    return made
+            targets[target.id] = {"operationId": target.id, "parameters": expressions}
+    return targets
 
 
 def body(spec: Spec) -> JSON:

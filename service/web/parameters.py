@@ -107,15 +107,15 @@ STREAM_HEADERS: Mapping[str, JSON] = {
 
 
 def parameters(path: str, names: tuple[str, ...], path_names: list[str]) -> list[JSON]:
-    made = [
+    documents = [
         {"name": name, "in": "path", "required": True}
         | PATHS.get(name, {"schema": {"type": "string", "pattern": PATH_ID}})
         for name in path_names
     ]
     for name in names:
         about = QUERY.get(f"{path} {name}") or QUERY[name]
-        made.append({"name": name, "in": "query", "required": False, **about})
-    return made
+        documents.append({"name": name, "in": "query", "required": False, **about})
+    return documents
 
 
 def headers(given: Mapping[str, JSON]) -> list[JSON]:

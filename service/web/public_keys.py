@@ -44,5 +44,5 @@ def document(key: bytes) -> JSON:
 
 async def public_keys(request: Request) -> Response:
     """Show the public keys that verify an endpoint's webhooks."""
-    found = resources_of(request).keyring.public_keys(request.path_params["endpoint_id"])
-    return JSONResponse({"keys": [document(key) for key in found]}, headers=FRESH)
+    keys = resources_of(request).keyring.public_keys(request.path_params["endpoint_id"])
+    return JSONResponse({"keys": [document(key) for key in keys]}, headers=FRESH)

@@ -44,7 +44,7 @@ class Published:
     def __init__(self, build: Callable[[], JSON]) -> None:
         self._build, self._body, self._building = build, b"", threading.Lock()
 
-    def _made(self) -> bytes:
+    def _encode(self) -> bytes:
         with self._building:
             if not self._body:
                 text = json.dumps(self._build(), separators=(",", ":"), ensure_ascii=False)
@@ -52,5 +52,5 @@ class Published:
         return self._body
 
     async def answer(self, request: Request) -> Response:
-        body = self._body or await asyncio.to_thread(self._made)
+        body = self._body or await asyncio.to_thread(self._encode)
         return tagged(request, body, "application/json", {"Cache-Control": "no-cache"})

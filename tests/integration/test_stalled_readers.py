@@ -169,7 +169,7 @@ async def test_the_bytes_that_all_readers_leave_have_a_limit(
         assert held.total <= key_shares.MAX_UNSENT
         assert set(ended) == {"127.0.0.1"}
         assert await taken(other, 8 << 20) >= 8 << 20
-    assert (held.total, held._held) == (0, {})
+    assert (held.total, held._sizes) == (0, {})
 
 
 async def test_the_slowest_readers_of_an_address_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +177,9 @@ async def test_the_slowest_readers_of_an_address_end_first(monkeypatch: pytest.M
     monkeypatch.setattr(key_shares, "MAX_UNSENT", LENGTH * 5 // 2)
     async with serving() as (host, port, server), AsyncExitStack() as stack:
         (first,) = await stalled(stack, host, port, "whole", 1)
-        await wait_until(lambda: len(server._unsent._held) == 1)
+        await wait_until(lambda: len(server._unsent._sizes) == 1)
         (last, _) = await stalled(stack, host, port, "whole", 2)
         await wait_until(lambda: len(server.server_state.connections) == 2)
         assert await taken(last) >= LENGTH
-        await wait_until(lambda: len(server._unsent._held) == 1)
+        await wait_until(lambda: len(server._unsent._sizes) == 1)
         assert await taken(first) < LENGTH
