@@ -83,15 +83,15 @@ class CallbackRoute:
         resources, path = context.resources, scope["path_params"]
         upstream, task_id = path["upstream"], path["task_id"]
         try:
-            found = await read_body(receive)
+            content = await read_body(receive)
         except TimeoutError:
             refused(resources, "incomplete", task_id, time.monotonic() - started)
             await refuse(scope, send, 408)
             return
-        if found is None:  # the upstream disconnected, and will send it again
+        if content is None:  # the upstream disconnected, and will send it again
             refused(resources, "disconnected", task_id, time.monotonic() - started)
             return
-        body, more = found
+        body, more = content
         if context.gate.queued_callbacks > MAX_QUEUED:
             context.shedder.callback_refused()
             await refuse(scope, send, 503, RETRY)

@@ -38,8 +38,8 @@ async def estimate(request: Request) -> Response:
     intake.check_own_fields(body)
     cost = intake.catalogue.estimate(body)
     resources, owner = context_of(request).resources, caller_of(request).owner
-    wanted, now = Selection(owner, 1), resources.store.clock()
-    states = await resources.store.read(budget_states, wanted, now)
+    selection, now = Selection(owner, 1), resources.store.clock()
+    states = await resources.store.read(budget_states, selection, now)
     budget = states[0].figures() if states else None
     return JSONResponse(
         {

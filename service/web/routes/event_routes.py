@@ -48,19 +48,19 @@ def event_types(request: Request) -> list[str]:
     types = [type for type in ",".join(request.query_params.getlist("type")).split(",") if type]
     if len(types) > MAX_TYPES:
         raise invalid_request(f"type names at most {MAX_TYPES} types, not {len(types)}", "type")
-    found = []
+    names = []
     for pattern in types:
         try:
-            found += types_of(known_pattern(pattern))
+            names += types_of(known_pattern(pattern))
         except ValueError as error:
             raise invalid_request(f"type {error}, not {shown(pattern)}", "type") from None
-    return found
+    return names
 
 
 def types_of(pattern: str) -> list[str]:
     """The types that the pattern means. A pattern of common types stays, as those have an index."""
-    found = [type for type in EVENT_TYPES if type_matches(pattern, type)]
-    return [pattern] if set(found) & set(COMMON) else found
+    types = [type for type in EVENT_TYPES if type_matches(pattern, type)]
+    return [pattern] if set(types) & set(COMMON) else types
 
 
 async def events(request: Request) -> Response:
@@ -80,42 +80,42 @@ async def events(request: Request) -> Response:
         if last_id == "":  # as a reader sends it that has seen no event with an id
             log.info("events.position_empty", after=query_text(request, "after"))
         last = sequence(last_id or None, "Last-Event-ID")
-        place = after if last is None else last
-        if place is None:  # a client that has the headers misses no event of later
-            place = await store.read(outbox_end)
-        return stream(request, place, StreamFilter(owner, types, task_id), check_key)
+        position = after if last is None else last
+        if position is None:  # a client that has the headers misses no event of later
+            position = await store.read(outbox_end)
+        return stream(request, position, StreamFilter(owner, types, task_id), check_key)
     stopping, wait_s = store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit, gone = query_limit(request), request.is_disconnected
     with ExitStack() as waiting:
         if wait_s:
             waiting.enter_context(context.shedder.polls.take(caller.owner, caller.key))
             waiting.enter_context(context.shedder.idle())
-        found, last, resync = await read_events(
+        entries, last, resync = await read_events(
             store, links, owner, after, limit, types, task_id, wait_s, gone
         )
         # During a stop no response is held. An immediate one would make the client ask in a loop.
-        if stopping and not found:
+        if stopping and not entries:
             await asyncio.sleep(min(wait_s, STOPPING_S))
     if wait_s:
         await check_key()  # the key may have been revoked meanwhile
-    documents = [entry.document for entry in found]
+    documents = [entry.document for entry in entries]
     return page_answer(request, documents, next_after=sequence_text(last), resync=resync)
 
 
 def stream(
-    request: Request, after: int, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
+    request: Request, after: int, filter: StreamFilter, check_key: Callable[[], Awaitable[object]]
 ) -> Response:
     """`check_key` raises ApiError once the key is invalid. Too many streams raise 429 or 503."""
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=MEDIA_TYPE)
     caller, context = caller_of(request), context_of(request)
     share = context.shedder.streams.take(caller.owner, caller.key)
-    content = frames(context.tail, after, wanted, check_key)
+    content = frames(context.tail, after, filter, check_key)
     return HoldingResponse(share, content, headers=HEADERS, media_type=MEDIA_TYPE)
 
 
 async def frames(
-    tail: Tail, after: int, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
+    tail: Tail, after: int, filter: StreamFilter, check_key: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str | bytes]:
     clock = asyncio.get_running_loop().time
     # Only events end with a blank line. Many readers dispatch an empty event at any other.
@@ -123,7 +123,7 @@ async def frames(
     with tail.open(), suppress(ApiError, StoreUnavailable):
         yield f"retry: {RETRY_MS}\n"
         sent = checked = clock()
-        async for entries in tail.follow(after, wanted, CHECK_S):
+        async for entries in tail.follow(after, filter, CHECK_S):
             if clock() - checked >= CHECK_S:
                 await check_key()
                 checked = clock()

@@ -57,8 +57,8 @@ async def image(request: Request) -> Response:
     id, dot, extension = request.path_params["image_id"].partition(".")
     if signer := resources.link_signer:
         lives = f"public, max-age={link_left_s(request.query_params, signer, id)}, immutable"
-    known = EXTENSION.fullmatch(dot + extension) if dot else True
-    row = await resources.store.look_up(shown_image, id) if known else None
+    valid = EXTENSION.fullmatch(dot + extension) if dot else True
+    row = await resources.store.look_up(shown_image, id) if valid else None
     if row is None:
         raise ApiError(404, "image_not_found", "no image has that id")
     if row.state == "erased" or row.blob is None or row.bytes is None:

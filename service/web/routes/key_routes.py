@@ -45,8 +45,8 @@ async def create_key(
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     id, hint, secret = new_id("key", now), key[:HINT_CHARS], new_secret(os.urandom(32))
     stored = StoredKey(id, owner, hash_api_key(key), hint, tuple(scopes), keyring.encrypt(secret))
-    made: JSON = {"owner": owner, "scopes": list(scopes)}
-    first = await acting("key.create", id, made)(insert_keys, stored)
+    detail: JSON = {"owner": owner, "scopes": list(scopes)}
+    first = await acting("key.create", id, detail)(insert_keys, stored)
     row = next(row for row in await store.read(owner_keys.key_list) if row["id"] == id)
     shown_once = {"key": key, "callback_secret": secret if first else None}
     return {**shown(row), **shown_once, "budget": set_budget}

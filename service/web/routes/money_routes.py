@@ -48,15 +48,15 @@ async def report(request: Request) -> Response:
     """Show the usage by day, model, owner or task."""
     by = query_text(request, "by", GROUPS) or "day"
     since, until = query_day(request, "from", 0), query_day(request, "to", 1)
-    wanted = Selection(query_owner(request), since=since, until=until)
+    selection = Selection(query_owner(request), since=since, until=until)
     most = query_limit(request, "most") if "most" in request.query_params else None
-    found = await resources_of(request).store.read(usage.usage_by, by, wanted, most)
-    if len(found) > MAX_KEYS:
+    groups = await resources_of(request).store.read(usage.usage_by, by, selection, most)
+    if len(groups) > MAX_KEYS:
         message = f"the report has more than {MAX_KEYS} rows: narrow it by from and to"
         raise invalid_request(message, "by")
-    rows = [{"key": key, **figures_document(row)} for key, row in found.items()]
+    rows = [{"key": key, **figures_document(row)} for key, row in groups.items()]
     sums = Counter[str]()
-    for row in found.values():
+    for row in groups.values():
         sums.update(row)
     totals = figures_document(sums)
     if asks_for(request, "text/csv"):

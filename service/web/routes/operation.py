@@ -75,8 +75,8 @@ def check_query(request: Request, spec: Spec) -> None:
     for name in request.query_params:
         family, dot, _ = name.partition(".")
         if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
-            known = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
-            message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {known}"
+            hint = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
+            message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {hint}"
             raise invalid_request(message, name[:NAME_CHARS])
         if name not in REPEATABLE and len(request.query_params.getlist(name)) > 1:
             message = f"{name[:NAME_CHARS]} is given more than once"

@@ -27,11 +27,11 @@ async def create(request: Request) -> Response:
     endpoint = await endpoint_of(request)
     id, owner, types = endpoint["id"], endpoint["owner"], body.types or endpoint["types"]
     since, until = milliseconds(body.since) or 0, milliseconds(body.until)
-    wanted = ReplayFilter(id, owner, since, until, types, body.only)
-    extent = await resources.store.read(replay_extent, wanted)
+    filter = ReplayFilter(id, owner, since, until, types, body.only)
+    extent = await resources.store.read(replay_extent, filter)
     if body.dry_run:
         return JSONResponse({"id": None, "count": extent.count})
-    replay = NewReplayRow(resources.id("replay"), owner or OPERATORS, wanted, extent)
+    replay = NewReplayRow(resources.id("replay"), owner or OPERATORS, filter, extent)
     if not await perform(request, "endpoint.replay", id, replays.insert_replays, replay, DISABLED):
         await endpoint_of(request)  # 404 if it was deleted
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
@@ -42,24 +42,24 @@ async def create_by_filter(request: Request) -> Response:
     """Send the deliveries that match a filter again, or count them."""
     resources, caller = resources_of(request), caller_of(request)
     body = await read_model(request, NewDeliveryReplay)
-    wanted = body.filter
-    if wanted.endpoint is not None:
-        await endpoint_of(request, wanted.endpoint)
-    chosen = DeliveryFilter(owner=caller.sees, **filter_of(wanted))
+    filter = body.filter
+    if filter.endpoint is not None:
+        await endpoint_of(request, filter.endpoint)
+    chosen = DeliveryFilter(owner=caller.sees, **filter_of(filter))
     count = await resources.store.read(count_selected, chosen)
     if count > MOST:
         message = f"filter: a replay has at most {MOST} deliveries, and more match: narrow it"
         raise invalid_request(message, "filter")
     if body.dry_run:
         return JSONResponse({"id": None, "count": count})
-    only = "all" if wanted.state == "delivered" else "dead"
-    types = [wanted.type or "*"]
+    only = "all" if filter.state == "delivered" else "dead"
+    types = [filter.type or "*"]
     since, until = chosen.since or 0, chosen.until
-    extent = ReplayFilter(wanted.endpoint or "", caller.sees, since, until, types, only)
+    extent = ReplayFilter(filter.endpoint or "", caller.sees, since, until, types, only)
     none = ReplayExtent(count, 0, 0)
     replay = NewReplayRow(resources.id("replay"), caller.owner, extent, none, chosen)
     act = "deliveries.replay", replay.id, replays.insert_replays, replay, DISABLED
-    detail = {"filter": wanted.model_dump(mode="json", exclude_none=True), "count": count}
+    detail = {"filter": filter.model_dump(mode="json", exclude_none=True), "count": count}
     if not await perform(request, *act, detail=detail):
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
     return JSONResponse({"id": replay.id, "count": count})

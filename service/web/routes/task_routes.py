@@ -45,10 +45,10 @@ Found = tuple[TaskRow, list[ImageRow]]
 def shown(request: Request, row: TaskRow, images: list[ImageRow]) -> JSON:
     document = with_links(task_document(row, images), resources_of(request).links)
     data = [{"url": url} for url in document["results"]] if row.terminal else None
-    context, held = context_of(request), None
+    context, reason = context_of(request), None
     if row.state is State.QUEUED:
-        held = context.pause.pause.message or (HELD if context.breaker.is_open else None)
-    return {**document, "prompt": row.prompt, "held": held, "data": data, "quarantine": None}
+        reason = context.pause.pause.message or (HELD if context.breaker.is_open else None)
+    return {**document, "prompt": row.prompt, "held": reason, "data": data, "quarantine": None}
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
@@ -141,26 +141,26 @@ def inline(entry: object) -> bool:
 
 async def find_task(request: Request) -> Found | None:
     store, task_id = resources_of(request).store, request.path_params["task_id"]
-    found = await store.look_up(task_queries.task, task_id, caller_of(request).sees)
-    if found is not None:
-        bind_contextvars(task_id=found[0].id)
-    return found
+    item = await store.look_up(task_queries.task, task_id, caller_of(request).sees)
+    if item is not None:
+        bind_contextvars(task_id=item[0].id)
+    return item
 
 
 async def known_task(request: Request) -> Found:
-    if (found := await find_task(request)) is None:
+    if (item := await find_task(request)) is None:
         raise upstream_routes.unknown_task()
-    return found
+    return item
 
 
 async def task(request: Request) -> Response:
     """Show a task, by its own id or the upstream's id."""
     owner, task_id = caller_of(request).sees, request.path_params["task_id"]
-    if (found := await find_task(request)) is not None:
-        document = shown(request, *found)
+    if (item := await find_task(request)) is not None:
+        document = shown(request, *item)
         if owner is None:  # an operator
             read = resources_of(request).store.read
-            document["quarantine"] = await read(quarantined_bodies, found[0].id) or None
+            document["quarantine"] = await read(quarantined_bodies, item[0].id) or None
         return JSONResponse(document)
     return await upstream_routes.task(context_of(request), owner, task_id)
 
