@@ -65,15 +65,15 @@ def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
 
 # Verdicts of this process that no test has asked for yet, by task and digest of the body.
 VERDICTS: dict[tuple[str, str], asyncio.Queue[str]] = defaultdict(asyncio.Queue)
-_tell = InboxWorker._tell
+_report = InboxWorker._report
 
 
 def _record(inbox: InboxWorker, callback: Callback, verdict: Verdict) -> None:
-    _tell(inbox, callback, verdict)
+    _report(inbox, callback, verdict)
     VERDICTS[callback.task_id, callback.digest].put_nowait(verdict.verdict)
 
 
-setattr(InboxWorker, "_tell", _record)  # noqa: B010
+setattr(InboxWorker, "_report", _record)  # noqa: B010
 
 
 async def call(

@@ -106,9 +106,9 @@ class TaskIntake:
         if not inserted.created:
             await self.inputs.discard(owner, named)
             return _replayed(inserted.task_id, inserted.idempotency_hash, digest), None
-        known = {"owner": owner, "task_id": task.id, "model": task.model}
+        fields = {"owner": owner, "task_id": task.id, "model": task.model}
         prompt = {"prompt": task.prompt} if self.log_prompts else {}
-        log.info("task.queued", **known, replayed=False, **prompt)
+        log.info("task.queued", **fields, replayed=False, **prompt)
         return task.id, task
 
     def check_limits(self, body: JSON, *, whole: bool = True) -> None:
@@ -264,9 +264,9 @@ def insert_tasks(
     keys = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
     ids, names = [item.id for item in items], [key for _, key in keys]
     given = {"ids": ids, "keys": keys, "owners": list(owners), "names": names}
-    limited, known = (queue := FairQueue(tx, owners, _MORE, given)).found
+    limited, repeat = (queue := FairQueue(tx, owners, _MORE, given)).found
     check = BudgetCheck(tx, owners if limited else (), unpriced=unpriced)  # locks first
-    existing = _existing(tx, given) if known or limited else {}  # also of who held a budget's lock
+    existing = _existing(tx, given) if repeat or limited else {}  # also of who held a budget's lock
     results = []
     for item in items:
         key = (item.owner, item.idempotency_key)

@@ -107,8 +107,8 @@ class AccountBreaker:
         the longest wait of the schedule.
         """
         wait_ms, give_up_ms = self.wait_s(len(self._schedule)) * 1000, give_up_s * 1000
-        hold = SubmissionHold(lease, round(wait_ms), round(give_up_ms))
-        await self._resources.store.write(hold_submissions, hold)
+        item = SubmissionHold(lease, round(wait_ms), round(give_up_ms))
+        await self._resources.store.write(hold_submissions, item)
         checkpoint("account.held")
         if not self.is_open:  # it closed meanwhile
             await self._resources.store.write(resume_submissions, AT_ONCE)
@@ -205,8 +205,8 @@ class SubmissionHold:
 
 def hold_submissions(tx: Transaction, items: Sequence[SubmissionHold]) -> list[bool]:
     """Holds tasks. False: the lease was lost."""
-    found = list(lock_leased(tx, items))
-    for item, row in found:
+    pairs = list(lock_leased(tx, items))
+    for item, row in pairs:
         if row is None:
             continue
         give_up_at, due_at = row.created_at + item.give_up_ms, tx.now + item.wait_ms
@@ -216,7 +216,7 @@ def hold_submissions(tx: Transaction, items: Sequence[SubmissionHold]) -> list[b
             hold(tx, row, due_at)
         else:  # cancelled meanwhile, or proved
             change(tx, row, **leases.release("submit", row.submit_due_at))
-    return [row is not None for _, row in found]
+    return [row is not None for _, row in pairs]
 
 
 @one_by_one

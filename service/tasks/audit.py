@@ -72,16 +72,16 @@ def perform(tx: Transaction, act: Act) -> tuple[Any, ActEntry]:
     (result,) = act.operation(tx, [act.item])
     tx.write()
     outcome, detail = act.judge(result)
-    known = {**(act.entry.detail or {}), **(detail or {})} or None
-    entry = replace(act.entry, outcome=outcome, detail=known)
+    details = {**(act.entry.detail or {}), **(detail or {})} or None
+    entry = replace(act.entry, outcome=outcome, detail=details)
     tx.defer(append, entry.id, entry)
     return result, entry
 
 
 def append(tx: Transaction, items: Mapping[str, ActEntry]) -> None:
     """Appends entries. An entry that is there already belongs to a commit without an answer."""
-    known = select(audit.c.id).where(audit.c.id.in_(list(items)))
-    there = set(tx.connection.execute(known).scalars())
+    existing = select(audit.c.id).where(audit.c.id.in_(list(items)))
+    there = set(tx.connection.execute(existing).scalars())
     rows = [asdict(entry) | {"time": tx.now} for id, entry in items.items() if id not in there]
     if rows:
         number(tx, "audit", rows)

@@ -152,27 +152,27 @@ class BudgetCheck:
         self._states = {
             owner: state_of(tx.connection, budget_of(row), tx.now) for owner, row in rows.items()
         }
-        self._told = {owner: row["exhausted_since"] for owner, row in rows.items()}
+        self._exhausted_since = {owner: row["exhausted_since"] for owner, row in rows.items()}
 
     def admit(self, row: TaskRow) -> BudgetRefusal | None:
         """Counts the task's estimate, or says why the task must not be inserted."""
         state = self._states.get(row.owner)
         if state is None or state.left is None:
             return None
-        known = row.credits_estimated is not None
+        priced = row.credits_estimated is not None
         needed = row.credits_estimated or 0
-        if (known or self._unpriced) and max(needed, not known) <= state.left:
+        if (priced or self._unpriced) and max(needed, not priced) <= state.left:
             state.reserved += needed
             return None
-        if known or self._unpriced:
+        if priced or self._unpriced:
             self._exhausted(state)
-        return BudgetRefusal(None if not known and not self._unpriced else needed, state)
+        return BudgetRefusal(None if not priced and not self._unpriced else needed, state)
 
     def _exhausted(self, state: BudgetState) -> None:
         """Tells operators of the first refusal in the period."""
-        if self._told[state.owner] == state.since:
+        if self._exhausted_since[state.owner] == state.since:
             return
-        self._told[state.owner] = state.since
+        self._exhausted_since[state.owner] = state.since
         mark = update(budgets).where(budgets.c.owner == state.owner)
         self._tx.connection.execute(mark.values(exhausted_since=state.since))
         data = {"owner": state.owner, "period": state.period, **state.figures()}

@@ -68,12 +68,12 @@ ELIGIBLE = {
 
 def _selected(act: str, wanted: TaskFilter) -> Select[tuple[int, str]]:
     columns = tasks.c
-    found = [ELIGIBLE[act], columns.erased_at.is_(None)]
+    conditions = [ELIGIBLE[act], columns.erased_at.is_(None)]
     given = asdict(wanted)
     error = given.pop("error")
     if error is not None:
-        found.append(columns.error["code"].as_string() == error)
-    return matching(select(columns.created_at, columns.id), tasks, **given).where(*found)
+        conditions.append(columns.error["code"].as_string() == error)
+    return matching(select(columns.created_at, columns.id), tasks, **given).where(*conditions)
 
 
 def count_tasks(connection: Connection, act: str, wanted: TaskFilter) -> int:
@@ -90,13 +90,13 @@ def act_on_pages(tx: Transaction, item: BulkPage) -> BulkResult:
     page = _selected(item.act, item.filter).where(
         tuple_(created, id) > tuple_(*item.after), created <= item.until
     )
-    found = tx.connection.execute(page.order_by(created, id).limit(PAGE)).all()
-    ids = [row.id for row in found]
+    rows = tx.connection.execute(page.order_by(created, id).limit(PAGE)).all()
+    ids = [row.id for row in rows]
     if item.act == "resolve":
         resolutions = [TaskResolution(each, resubmit=item.resubmit) for each in ids]
         refused = resolve_tasks(tx, resolutions)
     else:
         refused = reconcile_tasks(tx, ids)
     done = refused.count(None)
-    last = (found[-1].created_at, found[-1].id) if len(found) == PAGE else None
+    last = (rows[-1].created_at, rows[-1].id) if len(rows) == PAGE else None
     return BulkResult(done, len(ids) - done, last)

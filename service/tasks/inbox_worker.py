@@ -86,9 +86,9 @@ def judge_callbacks(tx: Transaction, items: Sequence[Waiting]) -> list[list[Judg
     """
     asked = {item.task_id: item for item in items}
     tasks = lock(tx, asked)
-    taken = run_mappings(tx.connection, _TAKING, {"tasks": list(asked)})
+    deleted = run_mappings(tx.connection, _TAKING, {"tasks": list(asked)})
     # An insert whose commit was in doubt ran again: the row is there twice.
-    rows = {row["id"]: row for row in sorted(taken, key=itemgetter("sequence"))}
+    rows = {row["id"]: row for row in sorted(deleted, key=itemgetter("sequence"))}
     callbacks = []
     for row in rows.values():
         body, item = row["body"], asked[row["task_id"]]
@@ -116,7 +116,7 @@ class InboxWorker:
     resources: Resources
     result_ttl_s: float
     # Tasks whose rows could not be judged: the failures, and when the next try is due.
-    _held: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _failures: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     async def receive(self, upstream: str, task_id: str, body: bytes, arrived: float) -> None:
         """Commits a callback with the right token. StoreUnavailable: nothing was promised.
@@ -156,7 +156,7 @@ class InboxWorker:
                 except Exception as error:  # noqa: BLE001 - without this job, callbacks would wait
                     self.resources.metrics.worker_faults.labels("inbox").inc()
                     log_failure("inbox", None, None, AGAIN_S, error)
-                wait_s = LOOK_S if drained and not self._held else AGAIN_S
+                wait_s = LOOK_S if drained and not self._failures else AGAIN_S
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await arrived.wait()
@@ -165,9 +165,9 @@ class InboxWorker:
         """Judges all rows, except those of tasks that are held back. False: the store failed."""
         clock = asyncio.get_running_loop().time
         while True:
-            held = [task_id for task_id, (_, until) in self._held.items() if until > clock()]
+            delayed = [task_id for task_id, (_, until) in self._failures.items() if until > clock()]
             try:
-                ids = await self.resources.store.look_up(waiting_tasks, held)
+                ids = await self.resources.store.look_up(waiting_tasks, delayed)
             except StoreUnavailable:
                 return False
             if ids:
@@ -179,10 +179,10 @@ class InboxWorker:
                 return False
             for task_id, written in zip(dict.fromkeys(ids), done, strict=True):
                 if not written:  # it may be these rows that the store cannot write
-                    self._hold(task_id)
+                    self._delay(task_id)
             if len(ids) < ROWS:  # a later row gives a signal
-                for task_id in self._held.keys() - {*held, *ids}:
-                    del self._held[task_id]  # another process has judged its rows
+                for task_id in self._failures.keys() - {*delayed, *ids}:
+                    del self._failures[task_id]  # another process has judged its rows
                 return True
 
     async def judge(self, task_id: str) -> bool:
@@ -196,23 +196,23 @@ class InboxWorker:
         except StoreUnavailable:
             return False
         except Exception as error:  # noqa: BLE001 - logged, counted, tried again
-            attempt, wait_s = self._hold(task_id)
+            attempt, wait_s = self._delay(task_id)
             resources.metrics.worker_faults.labels("inbox").inc()
             log_failure("inbox", task_id, attempt, wait_s, error)
             return True
-        self._held.pop(task_id, None)
+        self._failures.pop(task_id, None)
         for each in judged:
-            self._tell(*each)
+            self._report(*each)
         return True
 
-    def _hold(self, task_id: str) -> tuple[int, float]:
+    def _delay(self, task_id: str) -> tuple[int, float]:
         """Holds a task back. Returns its failures, and the seconds until the next try."""
-        attempt = self._held.get(task_id, (0, 0.0))[0] + 1
+        attempt = self._failures.get(task_id, (0, 0.0))[0] + 1
         wait_s = fault_wait(attempt)
-        self._held[task_id] = attempt, asyncio.get_running_loop().time() + wait_s
+        self._failures[task_id] = attempt, asyncio.get_running_loop().time() + wait_s
         return attempt, wait_s
 
-    def _tell(self, callback: Callback, verdict: Verdict) -> None:
+    def _report(self, callback: Callback, verdict: Verdict) -> None:
         self.resources.metrics.callbacks.labels(verdict.verdict).inc()
         tracing.record("callback", "server", verdict.origin, callback.waited_ms / 1000)
         log.info(

@@ -43,12 +43,12 @@ class Cost(NamedTuple):
     """All of a task that `missing` depends on, beside the entries. While it stays, no entry is
     missing.
 
-    `closed`: the upstream is not queried any more. `held`: the reservation, or else the estimate.
+    `closed`: the upstream is not queried any more. `reserved`: or else the estimate.
     """
 
     closed: bool
     over: bool
-    held: int | None
+    reserved: int | None
     used: int | None
     refunded: int | None
     completed: bool
@@ -56,10 +56,10 @@ class Cost(NamedTuple):
 
 def cost(row: TaskRow) -> Cost:
     closed = row.terminal and row.settle_due_at is None
-    held = row.credits_estimated if row.credits_reserved is None else row.credits_reserved
+    reserved = row.credits_estimated if row.credits_reserved is None else row.credits_reserved
     completed = closed and row.upstream_status is Status.COMPLETED
     over = row.terminal and row.state is not State.CANCELLED
-    return Cost(closed, over, held, row.credits_used, row.credits_refunded, completed)
+    return Cost(closed, over, reserved, row.credits_used, row.credits_refunded, completed)
 
 
 def entered(tx: Transaction, row: TaskRow, source: str | None = None, *, new: bool = False) -> None:
@@ -112,16 +112,16 @@ def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEn
     other end, a query is no reason to reserve again: a false callback may have asked for it. A
     completed task whose cost the upstream never names costs what was reserved.
     """
-    closed, over, held, used, refunded, completed = cost(row)
+    closed, over, reserved, used, refunded, completed = cost(row)
     basis = "catalogue" if row.credits_reserved is None else "submit"
     source_of_used = source
     if used is None and completed:
-        used, source_of_used = held, basis
+        used, source_of_used = reserved, basis
     entries = []
     if ESTIMATE not in sums and row.credits_estimated is not None:
         entries.append(LedgerEntry(ESTIMATE, row.credits_estimated, "catalogue"))
     released = closed or over or used is not None
-    change = (0 if released else held or 0) - sums.get(RESERVE, 0)
+    change = (0 if released else reserved or 0) - sums.get(RESERVE, 0)
     if change:
         entries.append(LedgerEntry(RESERVE, change, source if released else basis))
     if used is None and (used := refunded) is None:

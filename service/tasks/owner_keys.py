@@ -63,8 +63,8 @@ def revoke_keys(tx: Transaction, ids: Sequence[str]) -> list[bool]:
     valid = (api_keys.c.id.in_(ids), api_keys.c.revoked_at.is_(None))
     tx.connection.execute(update(api_keys).where(*valid).values(revoked_at=tx.now))
     existing = select(api_keys.c.id).where(api_keys.c.id.in_(ids))
-    found = set(tx.connection.execute(existing).scalars())
-    return [id in found for id in ids]
+    stored = set(tx.connection.execute(existing).scalars())
+    return [id in stored for id in ids]
 
 
 def key_row(connection: Connection, hash: str) -> Row | None:

@@ -99,10 +99,10 @@ def hold_paused(tx: Transaction, items: Sequence[Lease]) -> list[bool]:
     """Holds claimed tasks while submission is paused. False: it is not, or the lease was lost."""
     pause = submission_pause(tx.connection, _SHARED)
     rows = lock(tx, (lease.key for lease in items))
-    found = ((lease, rows.get(lease.key)) for lease in items)
+    pairs = ((lease, rows.get(lease.key)) for lease in items)
     return [
         row is not None and leases.holds(lease, row) and held_back(tx, row, pause)
-        for lease, row in found
+        for lease, row in pairs
     ]
 
 
@@ -120,10 +120,10 @@ def release_held(tx: Transaction, limit: int, *where: Any) -> int:
     A held row has no lease, but names a process in `submit_lease_owner`.
     """
     due, lease, owner = (tasks.c[f"submit_{x}"] for x in ("due_at", "lease_until", "lease_owner"))
-    held = select(tasks.c.id).where(due > tx.now, lease.is_(None), *where)
-    held = held.order_by(tasks.c.submit_turn).limit(limit).with_for_update(skip_locked=True)
+    ids = select(tasks.c.id).where(due > tx.now, lease.is_(None), *where)
+    ids = ids.order_by(tasks.c.submit_turn).limit(limit).with_for_update(skip_locked=True)
     # Materialized: a plan that ran the subquery for each row would take more than the limit.
-    chosen = held.cte("held").prefix_with("MATERIALIZED")
+    chosen = ids.cte("held").prefix_with("MATERIALIZED")
     resumed = update(tasks).where(tasks.c.id.in_(select(chosen.c.id)))
     resumed = resumed.values({due: tx.now, owner: None})
     count = len(tx.connection.execute(resumed.returning(tasks.c.id)).all())

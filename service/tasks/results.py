@@ -29,9 +29,9 @@ def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int)
     agrees. An earlier query may have named some of them.
     """
     before = [] if task.incomplete_since is None else task_images(tx, task.id)
-    known = {row.position for row in before}
+    positions = {row.position for row in before}
     for position, url in enumerate(urls):
-        if usable(url) and position not in known:
+        if usable(url) and position not in positions:
             _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
 
 

@@ -203,8 +203,8 @@ def _record_late(tx: Transaction, row: TaskRow, report: Report, item: Settlement
     the images are saved and operators are told, unless the task was cancelled or erased.
     """
     completed = report.status is Status.COMPLETED
-    found = completed and not report.incomplete and _ended_empty(row)
-    unproved = row.settled_digest is None or found
+    revised = completed and not report.incomplete and _ended_empty(row)
+    unproved = row.settled_digest is None or revised
     late = unproved and row.state is not State.CANCELLED and row.erased_at is None
     results = report.results or named_so_far(tx, row.id)
     if completed and row.settled_digest is None and not late:

@@ -63,12 +63,12 @@ def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list
     while submission is paused.
     """
     rows = run(tx.connection, _STARTING, {"ids": list({item.lease.key for item in items})})
-    found = {row[0]: (TaskRow(*row[:-5]), *row[-5:]) for row in rows}
+    by_id = {row[0]: (TaskRow(*row[:-5]), *row[-5:]) for row in rows}
     started: list[bytes | None] = []
     for item in items:
-        row, body, called, *pause = found.get(item.lease.key, (None, None, False))
-        held = row is not None and leases.holds(item.lease, row)
-        ready = held and _start(tx, row, item, Pause(*pause), called=called)
+        row, body, called, *pause = by_id.get(item.lease.key, (None, None, False))
+        leased = row is not None and leases.holds(item.lease, row)
+        ready = leased and _start(tx, row, item, Pause(*pause), called=called)
         started.append(body if ready else None)
     return started
 
@@ -127,8 +127,8 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
     states = []
     for item in items:
         row = rows[item.lease.key]
-        held = leases.holds(item.lease, row)
-        submitting = held and row.state is State.SUBMITTING
+        leased = leases.holds(item.lease, row)
+        submitting = leased and row.state is State.SUBMITTING
         match item.outcome:
             case Accepted(report):
                 _accept(tx, row, item, report, rows.values())
@@ -146,11 +146,11 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
                 _doubt(tx, row, item, reason, resend=item.resend)
                 if raw:
                     keep_raw(tx, row.id, "submission", raw)
-            case None if held and row.state is State.UNCERTAIN and not row.resubmit:
+            case None if leased and row.state is State.UNCERTAIN and not row.resubmit:
                 _decide(tx, row)
         if row.terminal:
             entered(tx, row, "submit")
-        released = leases.release("submit", row.submit_due_at) if held else {}
+        released = leases.release("submit", row.submit_due_at) if leased else {}
         change(tx, row, submit_outcomes=row.submit_outcomes + 1, **released)
         states.append(row.state)
     return states

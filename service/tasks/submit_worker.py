@@ -151,8 +151,8 @@ class SubmitWorker:
     async def _record_problem(self, lease: Lease, problem: InputProblem) -> None:
         """Records that nothing was sent, because an input image did not reach the upstream."""
         wait_s = max(self._scheduled_s(lease), problem.retry_after or 0)
-        known = {"attempt": lease.attempts, "reason": problem.reason, "code": problem.code}
-        log.warning("input.retried", **known, wait_s=round(wait_s, 3))
+        fields = {"attempt": lease.attempts, "reason": problem.reason, "code": problem.code}
+        log.warning("input.retried", **fields, wait_s=round(wait_s, 3))
         give_up_ms = round(self.give_up_s * 1000)
         failure = InputFailure(lease, problem, round(wait_s * 1000), give_up_ms)
         await self._until_stored(record_input_failures, failure)

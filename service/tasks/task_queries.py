@@ -59,13 +59,13 @@ def tasks_by_id(connection: Connection, ids: Sequence[str]) -> dict[str, TaskRow
 
 @cache
 def _one(*, ours: bool, owned: bool) -> Select[Any]:
-    wanted = tasks.c.id == bindparam("task_id")
+    condition = tasks.c.id == bindparam("task_id")
     if not ours:
-        wanted = or_(wanted, tasks.c.upstream_id == bindparam("task_id"))
+        condition = or_(condition, tasks.c.upstream_id == bindparam("task_id"))
     if not owned:
-        return select_tasks(wanted)
+        return select_tasks(condition)
     # Not the plain column, or SQLite would read all tasks of that owner.
-    return select_tasks(wanted, func.coalesce(tasks.c.owner, "") == bindparam("owner"))
+    return select_tasks(condition, func.coalesce(tasks.c.owner, "") == bindparam("owner"))
 
 
 def task(connection: Connection, task_id: str, owner: str | None) -> Task | None:
@@ -128,10 +128,10 @@ def _in_state(state: State, owner: str | None) -> list[ColumnElement[bool]]:
         return [tasks.c.terminal_at.is_not(None), tasks.c.state.not_in(sorted(others))]
     if state in TERMINAL:
         return [ENDED_BADLY, tasks.c.state == state.value]
-    found: list[ColumnElement[bool]] = [
+    conditions: list[ColumnElement[bool]] = [
         tasks.c.id.in_(select(tasks.c.id).where(tasks.c.state == state.value))
     ]
-    return found if owner is None else [*found, func.coalesce(tasks.c.owner, "") == owner]
+    return conditions if owner is None else [*conditions, func.coalesce(tasks.c.owner, "") == owner]
 
 
 def _is_pair(table: FromClause, pair: tuple[str, str]) -> tuple[ColumnElement[bool], ...]:

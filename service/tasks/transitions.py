@@ -227,8 +227,8 @@ def _emit(
 def note_once(tx: Transaction, row: TaskRow, step: str, **detail: str) -> None:
     """Adds a step, unless it is the last one already."""
     last = select(steps.c.step, steps.c.detail).where(steps.c.task_id == row.id)
-    found = tx.connection.execute(last.order_by(steps.c.id.desc()).limit(1)).first()
-    if found is None or tuple(found) != (step, detail):
+    previous = tx.connection.execute(last.order_by(steps.c.id.desc()).limit(1)).first()
+    if previous is None or tuple(previous) != (step, detail):
         tx.step(row.id, step, **detail)
 
 

@@ -59,16 +59,16 @@ async def input_links(resources: Resources, row: TaskRow) -> Mapping[str, str] |
     store, links = resources.store, dict[str, str]()
     ids = [each["id"] for each in row.inputs or () if each["id"]]
     sources = await store.read(input_sources, ids, store.clock())
-    known = await store.read(input_copies, ids)
+    by_id = await store.read(input_copies, ids)
     for id in ids:
         if id not in sources:
             return InputProblem(f"the input image {id} was erased or its days are over", GONE)
-        copy = known.get(id)
+        copy = by_id.get(id)
         if copy is None or copy.expires_at <= store.clock() + SPARE_MS:
-            made = links.get(id) or await _copied(resources, row, id, sources[id])
-            if isinstance(made, InputProblem):
-                return made
-            links[id] = made
+            link = links.get(id) or await _copied(resources, row, id, sources[id])
+            if isinstance(link, InputProblem):
+                return link
+            links[id] = link
         else:
             links[id] = copy.url
     return links
@@ -152,11 +152,11 @@ def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[
     kept = kept.where(c.blob.is_not(None), c.expires_at > now)
     results = select(i.id, i.blob, i.media_type, i.bytes)
     results = results.where(i.state == "stored", i.blob.is_not(None))
-    found = [
+    rows = [
         *connection.execute(kept.where(c.id.in_(ids))),
         *connection.execute(results.where(i.id.in_(ids))),
     ]
-    return {row.id: row for row in found}
+    return {row.id: row for row in rows}
 
 
 @one_by_one
@@ -208,9 +208,9 @@ class InputFailure:
 
 def record_input_failures(tx: Transaction, items: Sequence[InputFailure]) -> list[None]:
     """Fails tasks that were not submitted, or makes them due again."""
-    found = list(lock_leased(tx, items))
-    queue = cache(lambda: FairQueue(tx, (row.owner for _, row in found if row)))
-    for item, row in found:
+    pairs = list(lock_leased(tx, items))
+    queue = cache(lambda: FairQueue(tx, (row.owner for _, row in pairs if row)))
+    for item, row in pairs:
         if row is None:
             continue
         values = {"submit_outcomes": row.submit_outcomes + 1}

@@ -33,7 +33,7 @@ def usage_by(
     """The figures by key, in the order of the keys. A day is a date of UTC. At most one more than
     `MAX_KEYS`. With `most`, only that many keys with the highest cost, the highest first.
     """
-    found: dict[str, Counter[str]] = {}
+    by_key: dict[str, Counter[str]] = {}
     keys = None if most is None else dearest(connection, by, wanted, most)
 
     def read(table: Table, *columns: ColumnElement[Any], where: Sequence[Any] = ()) -> None:
@@ -43,7 +43,7 @@ def usage_by(
             statement = statement.where(key.in_(keys))
         statement = statement.group_by(key).order_by(key).limit(MAX_KEYS + 1)
         for row in connection.execute(statement).mappings():
-            figures = found.setdefault(key_text(by, row["key"]), Counter())
+            figures = by_key.setdefault(key_text(by, row["key"]), Counter())
             figures.update({name: int(row[name] or 0) for name in row if name != "key"})
 
     counted = func.count().label("tasks")
@@ -58,10 +58,10 @@ def usage_by(
         func.sum(credits).filter(kind.in_((CHARGE, ADJUST))).label("used"),
         (-func.sum(credits).filter(kind == REFUND)).label("refunded"),
     )
-    held = kind == RESERVE, ledger.c.task_id.in_(unanswered)
-    read(ledger, func.sum(credits).label("reserved"), where=held)
-    texts = sorted(found) if keys is None else [key_text(by, key) for key in keys]
-    return {text: found[text] for text in texts}
+    reserves = kind == RESERVE, ledger.c.task_id.in_(unanswered)
+    read(ledger, func.sum(credits).label("reserved"), where=reserves)
+    texts = sorted(by_key) if keys is None else [key_text(by, key) for key in keys]
+    return {text: by_key[text] for text in texts}
 
 
 def dearest(connection: Connection, by: str, wanted: Selection, most: int) -> list[Any]:
