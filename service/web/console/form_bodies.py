@@ -46,10 +46,10 @@ async def read_form(request: Request, session: Session, key: str, keep: Keep) ->
     if not files and kind != "application/x-www-form-urlencoded":
         raise ApiError(415, "unsupported_media_type", "the body must be a form")
     shedder, address = context_of(request).shedder, address_of(request.scope.get("client"))
-    shares, held = shedder.bodies, request.state.body
+    shares, entry = shedder.bodies, request.state.body
     try:
         async with asyncio.timeout(FILES_S if files else FORM_S) as timer:
-            with shedder.idle(), shares.arriving(held, key, address, timer):
+            with shedder.idle(), shares.arriving(entry, key, address, timer):
                 most = MAX_FILES_FORM if files else MAX_FORM
                 async with aclosing(limited(request, most)) as chunks:
                     return await (

@@ -47,9 +47,9 @@ class Draft:
         draft.images = [each for each in named if isinstance(each, str) and each[:5] != "data:"]
         return draft
 
-    def move(self, place: int, by: int) -> None:
-        if 0 <= place < len(self.images) and 0 <= place + by < len(self.images):
-            self.images.insert(place + by, self.images.pop(place))
+    def move(self, index: int, by: int) -> None:
+        if 0 <= index < len(self.images) and 0 <= index + by < len(self.images):
+            self.images.insert(index + by, self.images.pop(index))
 
 
 def flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,11 +67,11 @@ def body_of(draft: Draft, document: JSON) -> JSON:
         value = value_of(name, rule, draft)
         if value is None or (value == rule["default"] and name != "size"):
             continue
-        place = body
+        parent = body
         *above, last = name.split(".")
         for each in above:
-            place = place.setdefault(each, {})
-        place[last] = value
+            parent = parent.setdefault(each, {})
+        parent[last] = value
     if pairs := metadata_of(draft.texts.get(METADATA, "").strip()):
         body[METADATA] = pairs
     return body
@@ -154,9 +154,9 @@ def presets(sizes: JSON | None) -> list[tuple[str, str]]:
     """Sizes with labels: those of the model, then large ones of common ratios in its range."""
     if sizes is None:
         return []
-    found = {value: value for value in sizes["values"] or ()}
-    if sizes["default"] and sizes["default"] not in found:
-        found[sizes["default"]] = f"{sizes['default']} (default)".replace("x", " × ")
+    labels = {value: value for value in sizes["values"] or ()}
+    if sizes["default"] and sizes["default"] not in labels:
+        labels[sizes["default"]] = f"{sizes['default']} (default)".replace("x", " × ")
     if sizes["pixels"] is not None:
         low, high = sizes["pixels"]
         step = sizes["multiple"] or STEP
@@ -164,8 +164,8 @@ def presets(sizes: JSON | None) -> list[tuple[str, str]]:
             unit = math.isqrt(min(high, 1 << 22) * step * step // (across * down)) // step // step
             width, height = (max(1, unit) * step * side for side in (across, down))
             if low <= width * height <= high and within(sizes["side"], width, height):
-                found.setdefault(f"{width}x{height}", f"{across}:{down} · {width} × {height}")
-    return list(found.items())
+                labels.setdefault(f"{width}x{height}", f"{across}:{down} · {width} × {height}")
+    return list(labels.items())
 
 
 def within(side: Sequence[int] | None, width: int, height: int) -> bool:

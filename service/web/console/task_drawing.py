@@ -44,19 +44,19 @@ def timeline_drawing(steps: Sequence[JSON]) -> JSON:
     short = sum(wait for wait in waits if wait < LONG_MS)
     room = max(200, WIDTH - 40 - folded * FOLD - LEAST * len(waits))
     scale = room / max(short, 1)
-    place, marks, folds = float(LEFT + 16), [], []
+    x, marks, folds = float(LEFT + 16), [], []
     for number, step in enumerate(steps):
         if number:
             wait = waits[number - 1]
             if wait >= LONG_MS:
-                folds.append({"x": round(place + FOLD / 2, 1), "seconds": wait / 1000})
-            place += FOLD if wait >= LONG_MS else LEAST + wait * scale
+                folds.append({"x": round(x + FOLD / 2, 1), "seconds": wait / 1000})
+            x += FOLD if wait >= LONG_MS else LEAST + wait * scale
         lane = LANE_OF.get(step["step"].partition(".")[0], 0)
         bad = bool(step.get("error")) or any(word in json.dumps(step) for word in BAD)
         kind = "bad" if bad else "good"
         y = lane * LANE + LANE // 2
-        marks.append({"x": round(place, 1), "y": y, "kind": kind, "number": number, "step": step})
-    height, wide = len(LANES) * LANE, max(LEFT + WIDTH, round(place) + 16)
+        marks.append({"x": round(x, 1), "y": y, "kind": kind, "number": number, "step": step})
+    height, wide = len(LANES) * LANE, max(LEFT + WIDTH, round(x) + 16)
     lanes = [(name, number * LANE + LANE // 2) for number, name in enumerate(LANES)]
     return {"marks": marks, "folds": folds, "lanes": lanes, "width": wide, "height": height}
 

@@ -29,7 +29,7 @@ TONES: Mapping[str, str] = {
 
 @cache
 def environment() -> Environment:
-    made = Environment(
+    jinja = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
         undefined=StrictUndefined,
@@ -37,15 +37,15 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"asset": asset_url, "link": link, "tone": tone, "sparkline": sparkline}
-    made.filters |= {each.__name__: each for each in (ago, moment, size, coded, number, span)}
-    return made
+    jinja.globals |= {"asset": asset_url, "link": link, "tone": tone, "sparkline": sparkline}
+    jinja.filters |= {each.__name__: each for each in (ago, moment, size, coded, number, span)}
+    return jinja
 
 
 def link(path: str, query: Mapping[str, Any] | None = None, **changes: Any) -> str:
     """A path with a query. `changes` replace its values, and None removes one."""
-    wanted = {**(query or {}), **changes}
-    pairs = {name: value for name, value in wanted.items() if value not in (None, "")}
+    values = {**(query or {}), **changes}
+    pairs = {name: value for name, value in values.items() if value not in (None, "")}
     return f"{path}?{urlencode(pairs, doseq=True)}" if pairs else path
 
 

@@ -77,9 +77,9 @@ class Visit:
             raise ApiError(403, "permission_denied", message)
         if not all(ID.fullmatch(value) for value in path.values()):
             raise ApiError(404, "not_found", "nothing has that id")
-        asked = {name: value for name, value in (query or {}).items() if value not in (None, "")}
+        params = {name: value for name, value in (query or {}).items() if value not in (None, "")}
         content = b"" if body is None else json.dumps(body).encode()
-        given = {
+        fields = {
             "host": outer.headers.get("host", ""),
             "content-type": "application/json",
             "content-length": str(len(content)),
@@ -90,8 +90,8 @@ class Visit:
             "method": spec.method,
             "path": spec.path.format(**path),
             "raw_path": quote(spec.path.format(**path)).encode(),
-            "query_string": urlencode(asked, doseq=True).encode(),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
+            "query_string": urlencode(params, doseq=True).encode(),
+            "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
             "path_params": path,
             "state": {**outer.scope["state"], "caller": self.caller, "scopes": spec.scopes},
         }

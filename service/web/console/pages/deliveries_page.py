@@ -26,10 +26,10 @@ FIELDS: tuple[dict[str, Any], ...] = (
 
 def choice_of(values: dict[str, str]) -> JSON:
     """The filter of a replay, from a query or a form. Raises ApiError 400 from the API."""
-    given = chosen(CHOICE, values)
-    if given.get("status", "").isdigit():
-        given["status"] = int(given["status"])
-    return given
+    choice = chosen(CHOICE, values)
+    if choice.get("status", "").isdigit():
+        choice["status"] = int(choice["status"])
+    return choice
 
 
 def what(choice: JSON) -> str:
@@ -45,13 +45,13 @@ async def count_of(visit: Visit, choice: JSON) -> int:
 async def deliveries(visit: Visit) -> Response:
     query, error, count = visit.query, None, 0
     choice = choice_of(query)
-    asked = {name: choice.get(name) for name in CHOICE}
-    asked |= {name: query.get(name) for name in ("task", "event", "cursor")}
-    part, found = visit.fragment, JSON(data=[], next_cursor=None)
+    filters = {name: choice.get(name) for name in CHOICE}
+    filters |= {name: query.get(name) for name in ("task", "event", "cursor")}
+    part, page = visit.fragment, JSON(data=[], next_cursor=None)
     try:
         if part in (None, "list"):
-            found = await visit.call("GET /v1/deliveries", {**asked, "limit": PAGE})
-        if part in (None, "again") and not asked["task"] and not asked["event"]:
+            page = await visit.call("GET /v1/deliveries", {**filters, "limit": PAGE})
+        if part in (None, "again") and not filters["task"] and not filters["event"]:
             count = await count_of(visit, choice)
     except ApiError as refused:
         error = refused
@@ -60,7 +60,7 @@ async def deliveries(visit: Visit) -> Response:
         groups=(await optional(visit, "GET /v1/deliveries/groups"))[:20]
         if part in (None, "groups")
         else [],
-        found=found,
+        page=page,
         count=count,
         what=what(choice),
         ask=link(f"{REPLAY}/new", {name: query.get(name) for name in CHOICE}),
@@ -71,18 +71,18 @@ async def deliveries(visit: Visit) -> Response:
 
 async def delivery(visit: Visit) -> Response:
     id = visit.path("delivery_id")
-    found = await visit.call("GET /v1/deliveries/{delivery_id}", delivery_id=id)
+    delivery = await visit.call("GET /v1/deliveries/{delivery_id}", delivery_id=id)
     try:
         sent = await visit.call("GET /v1/deliveries/{delivery_id}/request", delivery_id=id)
     except ApiError:
         sent = None
     attempts = [
         {**each, "sent": started(each), "answer": (each["answer"] or "")[:ANSWER]}
-        for each in reversed(found["attempts"][-ATTEMPTS:])
+        for each in reversed(delivery["attempts"][-ATTEMPTS:])
     ]
     return visit.render(
         "delivery.html",
-        delivery=found,
+        delivery=delivery,
         attempts=attempts,
         sent=sent and {**sent, "body": pretty(sent["body"])},
         curl=curl_of(sent),
@@ -127,15 +127,15 @@ async def ask_replay(visit: Visit) -> Response:
 async def start_replay(visit: Visit) -> Response:
     choice = choice_of({name: visit.form.get(name) for name in CHOICE})
     try:
-        made = await visit.call("POST /v1/replays", body={"filter": choice})
+        row = await visit.call("POST /v1/replays", body={"filter": choice})
     except ApiError as error:
         return visit.redirect(link(LIST, choice), str(error), "bad")
-    return visit.redirect(f"{REPLAY}/{made['id']}", f"{made['count']} deliveries are sent again.")
+    return visit.redirect(f"{REPLAY}/{row['id']}", f"{row['count']} deliveries are sent again.")
 
 
 async def replay(visit: Visit) -> Response:
-    found = await visit.call("GET /v1/replays/{replay_id}", replay_id=visit.path("replay_id"))
-    return visit.render("replay.html", replay=found)
+    replay = await visit.call("GET /v1/replays/{replay_id}", replay_id=visit.path("replay_id"))
+    return visit.render("replay.html", replay=replay)
 
 
 async def cancel_replay(visit: Visit) -> Response:

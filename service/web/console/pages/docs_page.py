@@ -54,13 +54,13 @@ def rendered(path: str, *, console: bool) -> bytes:
 
 def groups(paths: JSON) -> dict[str, list[JSON]]:
     """The operations by the first word of their paths behind the version."""
-    made: dict[str, list[JSON]] = {}
+    lists: dict[str, list[JSON]] = {}
     for path, methods in paths.items():
         words = [word for word in path.split("/") if word and word not in ("v1", "api")]
         name = words[0].removesuffix(".json") if words else path
         for method, operation in methods.items():
-            made.setdefault(name, []).append({"path": path, "method": method.upper(), **operation})
-    return made
+            lists.setdefault(name, []).append({"path": path, "method": method.upper(), **operation})
+    return lists
 
 
 def rows_of(schema: JSON) -> list[JSON]:

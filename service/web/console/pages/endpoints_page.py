@@ -59,17 +59,17 @@ async def with_health(visit: Visit, endpoint: JSON) -> JSON:
 
 
 async def endpoints(visit: Visit) -> Response:
-    asked = {"cursor": visit.query.get("cursor"), "limit": PAGE}
-    found = await visit.call("GET /v1/endpoints", asked)
-    shown = [await with_health(visit, each) for each in found["data"]]
-    return visit.render("endpoints.html", endpoints=shown, cursor=found["next_cursor"])
+    query = {"cursor": visit.query.get("cursor"), "limit": PAGE}
+    page = await visit.call("GET /v1/endpoints", query)
+    shown = [await with_health(visit, each) for each in page["data"]]
+    return visit.render("endpoints.html", endpoints=shown, cursor=page["next_cursor"])
 
 
 async def endpoint(visit: Visit) -> Response:
-    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
-    first = "pause" if found["status"] == "enabled" else "enable"
+    endpoint = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    first = "pause" if endpoint["status"] == "enabled" else "enable"
     acts = [(name, ACTS[name][0]) for name in (first, "rotate", "delete")]
-    return visit.render("endpoint.html", endpoint=await with_health(visit, found), acts=acts)
+    return visit.render("endpoint.html", endpoint=await with_health(visit, endpoint), acts=acts)
 
 
 async def new(visit: Visit, error: ApiError | None = None) -> Response:
@@ -92,39 +92,39 @@ def body_of(visit: Visit) -> JSON:
 
 
 def pairs_of(name: str, text: str) -> dict[str, str]:
-    found = {}
+    pairs = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         key, equals, value = line.partition("=")
         if not equals or not key.strip():
             raise invalid_request(f"{name}: {line[:40]!r} is not NAME=VALUE", name)
-        found[key.strip()] = value.strip()
-    return found
+        pairs[key.strip()] = value.strip()
+    return pairs
 
 
 async def create(visit: Visit) -> Response:
     try:
-        made = await visit.call("POST /v1/endpoints", body=body_of(visit))
+        endpoint = await visit.call("POST /v1/endpoints", body=body_of(visit))
     except ApiError as error:
         return await new(visit, error)
-    return visit.render("endpoint_secret.html", 201, endpoint=made, rotated=False)
+    return visit.render("endpoint_secret.html", 201, endpoint=endpoint, rotated=False)
 
 
 async def edit(visit: Visit, error: ApiError | None = None) -> Response:
-    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
-    given = {**found, "types": " ".join(found["types"])}
+    endpoint = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    given = {**endpoint, "types": " ".join(endpoint["types"])}
     for name in LINES:
-        given[name] = "\n".join(f"{key}={value}" for key, value in (found[name] or {}).items())
+        given[name] = "\n".join(f"{key}={value}" for key, value in (endpoint[name] or {}).items())
     if error:
         given |= {name: visit.form.get(name) for name in FIELDS + MORE}
-    return visit.render("endpoint_edit.html", given=given, error=error, endpoint=found)
+    return visit.render("endpoint_edit.html", given=given, error=error, endpoint=endpoint)
 
 
 async def change(visit: Visit) -> Response:
     id = visit.path("endpoint_id")
-    found = await visit.call(f"GET {API}", endpoint_id=id)
+    endpoint = await visit.call(f"GET {API}", endpoint_id=id)
     try:
         body = body_of(visit)
-        if found["headers"] is None and not body["headers"]:
+        if endpoint["headers"] is None and not body["headers"]:
             del body["headers"]  # the form cannot show them, and keeps them
         await visit.call(f"PATCH {API}", body=body, endpoint_id=id)
     except ApiError as error:
@@ -134,15 +134,15 @@ async def change(visit: Visit) -> Response:
 
 async def ask(visit: Visit) -> Response:
     name, texts = visit.act(ACTS)
-    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
-    return visit.render("endpoint_act.html", endpoint=found, name=name, act=texts)
+    endpoint = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    return visit.render("endpoint_act.html", endpoint=endpoint, name=name, act=texts)
 
 
 async def act(visit: Visit) -> Response:
     id, (name, texts) = visit.path("endpoint_id"), visit.act(ACTS)
     if name == "rotate":
-        made = await visit.call(f"POST {API}/rotate", endpoint_id=id)
-        return visit.render("endpoint_secret.html", endpoint=made, rotated=True)
+        endpoint = await visit.call(f"POST {API}/rotate", endpoint_id=id)
+        return visit.render("endpoint_secret.html", endpoint=endpoint, rotated=True)
     if name == "delete":
         await visit.call(f"DELETE {API}", endpoint_id=id)
         return visit.redirect(LIST, texts[3])
@@ -156,18 +156,18 @@ async def act(visit: Visit) -> Response:
 async def replay_missed(visit: Visit) -> Response:
     id = visit.path("endpoint_id")
     body = {"since": visit.form.get("since")}
-    made = await visit.call(f"POST {API}/replay", body=body, endpoint_id=id)
-    text = f"{made['count']} missed events are sent."
-    return visit.redirect(f"/console/deliveries/replays/{made['id']}", text)
+    replay = await visit.call(f"POST {API}/replay", body=body, endpoint_id=id)
+    text = f"{replay['count']} missed events are sent."
+    return visit.redirect(f"/console/deliveries/replays/{replay['id']}", text)
 
 
 async def sample(visit: Visit, error: ApiError | None = None, sent: JSON | None = None) -> Response:
-    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    endpoint = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
     data = visit.form.get("data") or json.dumps(SAMPLE, indent=2)
     return visit.render(
         "endpoint_test.html",
         error=error,
-        endpoint=found,
+        endpoint=endpoint,
         data=data,
         attempt=sent,
         types=(TEST_TYPE, *EVENT_TYPES),

@@ -22,31 +22,31 @@ DOWNLOAD = "/console/gallery/pictures.zip"
 async def gallery(visit: Visit) -> Response:
     """Pictures of completed tasks, newest first. `metadata` is `KEY=VALUE`."""
     query, error = visit.query, None
-    found: JSON = {"data": [], "next_cursor": None}
+    page: JSON = {"data": [], "next_cursor": None}
     key, equals, value = query.get("metadata", "").partition("=")
-    wanted = {name: query.get(name) for name in ("model", "prompt", "since", "until", "cursor")}
-    wanted |= {f"metadata.{key}": value} if key and equals else {}
+    filters = {name: query.get(name) for name in ("model", "prompt", "since", "until", "cursor")}
+    filters |= {f"metadata.{key}": value} if key and equals else {}
     for name, hour in (("since", "00:00:00"), ("until", "23:59:59.999")):
-        if wanted[name]:
-            wanted[name] = f"{wanted[name]}T{hour}Z"
+        if filters[name]:
+            filters[name] = f"{filters[name]}T{hour}Z"
     if not visit.caller.sees:  # a gallery is of one's own pictures, also for the scope admin
-        wanted["owner"] = visit.caller.owner
+        filters["owner"] = visit.caller.owner
     try:
         if key and not equals:
             message = "metadata must be a key and a value, as in customer=7"
             raise invalid_request(message, "metadata")
-        asked = {**wanted, "state": "completed", "limit": TASKS_A_PAGE}
-        found = await visit.call("GET /v1/tasks", asked)
+        selection = {**filters, "state": "completed", "limit": TASKS_A_PAGE}
+        page = await visit.call("GET /v1/tasks", selection)
     except ApiError as refusal:
         if refusal.status != 400:
             raise
         error = refusal
-    tasks = [task for task in found["data"] if task["images"]]
+    tasks = [task for task in page["data"] if task["images"]]
     return visit.render(
         "gallery.html",
         error=error,
         days=[(day, list(each)) for day, each in groupby(tasks, day_of)],
-        cursor=found["next_cursor"],
+        cursor=page["next_cursor"],
         models=sorted(visit.context.intake.catalogue.models),
         download=DOWNLOAD,
     )
@@ -78,7 +78,7 @@ async def download(visit: Visit) -> Response:
     if not 1 <= len(names) <= MAX_SELECTED:
         message = f"select 1 to {MAX_SELECTED} pictures: {len(names)} are selected"
         raise invalid_request(message, "picture")
-    found: list[tuple[str, str]] = []
+    blobs: list[tuple[str, str]] = []
     for name in names:
         task, image = await picture(visit, name)
         row = await visit.context.resources.store.look_up(shown_image, image["id"])
@@ -86,9 +86,9 @@ async def download(visit: Visit) -> Response:
             raise ApiError(410, "gone", f"the picture {name} was erased")
         await check_size(visit.context.resources.blobs, row.blob, row.bytes, f"the picture {name}")
         extension = row.blob.rpartition(".")[2]
-        found.append((f"{task['id']}-{image['index']}.{extension}", row.blob))
+        blobs.append((f"{task['id']}-{image['index']}.{extension}", row.blob))
     headers = {"content-disposition": 'attachment; filename="pictures.zip"'}
-    return StreamingResponse(zipped(visit, found), 200, headers, media_type="application/zip")
+    return StreamingResponse(zipped(visit, blobs), 200, headers, media_type="application/zip")
 
 
 async def zipped(visit: Visit, blobs: Sequence[tuple[str, str]]) -> AsyncIterator[bytes]:
@@ -99,8 +99,8 @@ async def zipped(visit: Visit, blobs: Sequence[tuple[str, str]]) -> AsyncIterato
             with archive.open(name, "w", force_zip64=True) as member:
                 async for chunk in visit.context.resources.blobs.read(blob):
                     member.write(chunk)
-                    yield written.taken()
-    yield written.taken()
+                    yield written.take()
+    yield written.take()
 
 
 class Written(io.RawIOBase):
@@ -116,7 +116,7 @@ class Written(io.RawIOBase):
         self._pieces.append(bytes(data))
         return len(data)
 
-    def taken(self) -> bytes:
+    def take(self) -> bytes:
         pieces, self._pieces = self._pieces, []
         return b"".join(pieces)
 

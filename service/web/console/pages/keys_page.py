@@ -7,10 +7,10 @@ from service.web.auth import SCOPES
 from service.web.console.visits import View, Visit
 
 
-async def keys(visit: Visit, made: object = None, error: ApiError | None = None) -> Response:
-    """The list and the form. `made` is a new key with its secrets, which this page alone shows."""
-    found = await visit.call("GET /v1/keys", {**visit.query, "limit": 50})
-    return visit.render("keys.html", error=error, found=found, made=made, scopes=SCOPES)
+async def keys(visit: Visit, new_key: object = None, error: ApiError | None = None) -> Response:
+    """The list and the form. `new_key` comes with its secrets, which this page alone shows."""
+    page = await visit.call("GET /v1/keys", {**visit.query, "limit": 50})
+    return visit.render("keys.html", error=error, page=page, new_key=new_key, scopes=SCOPES)
 
 
 def number(text: str) -> float | str:
@@ -27,10 +27,10 @@ async def create(visit: Visit) -> Response:
     if credits := form.get("credits"):
         body["budget"] = {"period": form.get("period") or "day", "credits": number(credits)}
     try:
-        made = await visit.call("POST /v1/keys", body=body)
+        new_key = await visit.call("POST /v1/keys", body=body)
     except ApiError as error:
         return await keys(visit, error=error)
-    return await keys(visit, made)
+    return await keys(visit, new_key)
 
 
 async def confirm_revoke(visit: Visit) -> Response:

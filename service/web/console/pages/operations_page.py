@@ -97,15 +97,15 @@ async def send(visit: Visit, act: str, body: JSON) -> JSON:
 
 
 async def audit(visit: Visit) -> Response:
-    asked = {name: visit.query.get(name) for name in ("owner", "action", "target", "after")}
-    found, error = await visit.list_of("GET /v1/audit", {**asked, "limit": 100})
-    return visit.render("audit.html", error=error, found=found, fields=AUDIT_FIELDS)
+    filters = {name: visit.query.get(name) for name in ("owner", "action", "target", "after")}
+    page, error = await visit.list_of("GET /v1/audit", {**filters, "limit": 100})
+    return visit.render("audit.html", error=error, page=page, fields=AUDIT_FIELDS)
 
 
 async def doctor(visit: Visit) -> Response:
     """The checks run when an operator asks for them."""
-    found = await visit.call("GET /v1/doctor") if visit.query.get("run") else None
-    return visit.render("doctor.html", found=found, tones=TONES)
+    report = await visit.call("GET /v1/doctor") if visit.query.get("run") else None
+    return visit.render("doctor.html", report=report, tones=TONES)
 
 
 VIEWS = (

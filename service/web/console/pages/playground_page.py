@@ -164,8 +164,8 @@ async def known_task(visit: Visit, task_id: str | None) -> JSON | None:
 async def last_tasks(visit: Visit) -> list[JSON]:
     if not may_read(visit):
         return []
-    found = await visit.call("GET /v1/tasks", {"owner": visit.caller.owner, "limit": LAST})
-    return list(found["data"])
+    page = await visit.call("GET /v1/tasks", {"owner": visit.caller.owner, "limit": LAST})
+    return list(page["data"])
 
 
 async def reference(visit: Visit, value: str) -> JSON:

@@ -44,13 +44,13 @@ async def spending(visit: Visit) -> Response:
 
 def every_day(rows: list[JSON], since: str | None, until: str) -> list[JSON]:
     """The rows, with one for each day between, for the last `MAX_BARS` days at the most."""
-    found = {row["key"]: row for row in rows}
-    if not found:
+    by_day = {row["key"]: row for row in rows}
+    if not by_day:
         return []
-    last = max(date.fromisoformat(until[:10]), date.fromisoformat(max(found)))
-    first = date.fromisoformat((since or min(found))[:10])
+    last = max(date.fromisoformat(until[:10]), date.fromisoformat(max(by_day)))
+    first = date.fromisoformat((since or min(by_day))[:10])
     days = [f"{last - timedelta(back)}" for back in range(min((last - first).days + 1, MAX_BARS))]
-    return [found.get(day, {"key": day, "used": 0, "refunded": 0}) for day in reversed(days)]
+    return [by_day.get(day, {"key": day, "used": 0, "refunded": 0}) for day in reversed(days)]
 
 
 def net(row: JSON) -> float:
@@ -60,9 +60,9 @@ def net(row: JSON) -> float:
 
 async def table(visit: Visit) -> Response:
     """The same figures as CSV."""
-    wanted = {**visit.query, "by": visit.query.get("by") or "day"}
-    answer = await visit.answer("GET /v1/usage", wanted, headers={"accept": "text/csv"})
-    answer.headers["content-disposition"] = f'attachment; filename="usage-by-{wanted["by"]}.csv"'
+    query = {**visit.query, "by": visit.query.get("by") or "day"}
+    answer = await visit.answer("GET /v1/usage", query, headers={"accept": "text/csv"})
+    answer.headers["content-disposition"] = f'attachment; filename="usage-by-{query["by"]}.csv"'
     return answer
 
 

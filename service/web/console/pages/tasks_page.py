@@ -76,19 +76,19 @@ def utc(text: str | None) -> str | None:
 
 def chosen(names: Iterable[str], values: Mapping[str, str]) -> dict[str, Any]:
     """What a query or a form gives of a filter."""
-    given: dict[str, Any] = {name: values[name] for name in names if values.get(name)}
-    return given | {name: utc(given[name]) for name in ("since", "until") if name in given}
+    filters: dict[str, Any] = {name: values[name] for name in names if values.get(name)}
+    return filters | {name: utc(filters[name]) for name in ("since", "until") if name in filters}
 
 
 async def tasks(visit: Visit) -> Response:
     query = visit.query
-    wanted = chosen(NAMES, query)
+    filters = chosen(NAMES, query)
     if query.get("key"):
-        wanted[f"metadata.{query['key']}"] = query.get("value", "")
+        filters[f"metadata.{query['key']}"] = query.get("value", "")
     admin = "admin" in visit.caller.scopes
-    found, error = await visit.list_of("GET /v1/tasks", {**wanted, "limit": PAGE})
+    page, error = await visit.list_of("GET /v1/tasks", {**filters, "limit": PAGE})
     fields = filter_fields(admin=admin)
-    return visit.render("tasks.html", error=error, found=found, fields=fields, admin=admin)
+    return visit.render("tasks.html", error=error, page=page, fields=fields, admin=admin)
 
 
 async def optional(
@@ -96,10 +96,10 @@ async def optional(
 ) -> list[JSON]:
     """The rows of a list, none if the key lacks its scope."""
     try:
-        found: list[JSON] = (await visit.call(operation, query, **path))["data"]
+        rows: list[JSON] = (await visit.call(operation, query, **path))["data"]
     except ApiError:
         return []
-    return found
+    return rows
 
 
 def acts_of(visit: Visit, task: JSON) -> list[tuple[str, str]]:
@@ -129,10 +129,10 @@ def pretty(body: str | None) -> str | None:
 
 async def task(visit: Visit) -> Response:
     id = visit.path("task_id")
-    found = await visit.call("GET /v1/tasks/{task_id}", task_id=id)
-    if "state" not in found:  # a task that only the upstream knows
+    task = await visit.call("GET /v1/tasks/{task_id}", task_id=id)
+    if "state" not in task:  # a task that only the upstream knows
         raise ApiError(404, "not_found", "no task of yours has that id")
-    id = found["id"]
+    id = task["id"]
     steps = await optional(visit, "GET /v1/tasks/{task_id}/timeline", task_id=id)
     calls = await optional(visit, "GET /v1/tasks/{task_id}/callbacks", task_id=id)
     sent = await optional(visit, "GET /v1/deliveries", {"task": id, "limit": 20})
@@ -146,11 +146,11 @@ async def task(visit: Visit) -> Response:
     ]
     return visit.render(
         "task.html",
-        task=found,
+        task=task,
         steps=list(zip(offsets(shown), shown, strict=True)) if shown else [],
         more=len(steps) - len(shown),
         drawing=timeline_drawing(shown) if shown else None,
-        machine=state_drawing(found["state"]),
+        machine=state_drawing(task["state"]),
         callbacks=[
             each | {"body": pretty(each["body"]), "raw": cut(each["body"], RAW)}
             for each in calls[:8]
@@ -160,15 +160,15 @@ async def task(visit: Visit) -> Response:
         conflicts=conflicts[:3],
         deliveries=sent,
         ledger=entries,
-        acts=acts_of(visit, found),
-        request=pretty(json.dumps(found["request"])),
+        acts=acts_of(visit, task),
+        request=pretty(json.dumps(task["request"])),
     )
 
 
 async def ask(visit: Visit, error: ApiError | None = None) -> Response:
     name, texts = visit.act(ACTS)
-    found = await visit.call("GET /v1/tasks/{task_id}", task_id=visit.path("task_id"))
-    return visit.render("task_act.html", error=error, task=found, name=name, act=texts)
+    task = await visit.call("GET /v1/tasks/{task_id}", task_id=visit.path("task_id"))
+    return visit.render("task_act.html", error=error, task=task, name=name, act=texts)
 
 
 async def act(visit: Visit) -> Response:
