@@ -109,27 +109,27 @@ class DownloadWorker:
             return fetched
         checkpoint("download.fetched")
         validating = self.validator.validate(file.path, compressed=fetched.compressed)
-        found, _ = await asyncio.gather(validating, file.sync())
-        image, sha256 = found.result, found.sha256
+        validation, _ = await asyncio.gather(validating, file.sync())
+        image, sha256 = validation.result, validation.sha256
         if isinstance(image, InvalidImage):
             if fetched.cut is not None and not image.final:
                 raise fetched.cut
-            body = await self._quarantine(row, file, found)
+            body = await self._quarantine(row, file, validation)
             if image.final:
                 return Lost(image.reason, body)
             return Retry(image.reason, wrong_sha256=sha256 or None, quarantined=body)
         blob = blob_name(row.task_id, row.position, sha256, image.media_type)
         await self.resources.blobs.put(file, blob, image.media_type)
         checkpoint("download.saved")
-        return Stored(blob, image.media_type, found.bytes, sha256, image.width, image.height)
+        return Stored(blob, image.media_type, validation.bytes, sha256, image.width, image.height)
 
     async def _quarantine(
-        self, row: ImageRow, file: Incoming, found: Validation
+        self, row: ImageRow, file: Incoming, validation: Validation
     ) -> Quarantined | None:
         """Keeps a body that is no image for the operator. None: it is empty, or images need the
         space. BlobUnavailable.
         """
-        blobs, size, sha256 = self.resources.blobs, found.bytes, found.sha256
+        blobs, size, sha256 = self.resources.blobs, validation.bytes, validation.sha256
         if not sha256:
             size, sha256 = await in_thread(measure, file.path)
         blob = quarantine_name(row.task_id, row.position, sha256)

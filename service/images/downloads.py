@@ -101,8 +101,8 @@ def images_and_origins(
     connection: Connection, ids: Sequence[str]
 ) -> dict[str, tuple[ImageRow, Origin]]:
     count, rows = len(IMAGE_COLUMNS), run(connection, _WITH_ORIGIN, {"ids": list(ids)})
-    found = ((ImageRow(*row[:count]), Origin(*row[count:])) for row in rows)
-    return {image.id: (image, origin) for image, origin in found}
+    pairs = ((ImageRow(*row[:count]), Origin(*row[count:])) for row in rows)
+    return {image.id: (image, origin) for image, origin in pairs}
 
 
 def image_and_origin(connection: Connection, image_id: str) -> tuple[ImageRow | None, Origin]:

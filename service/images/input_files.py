@@ -61,9 +61,9 @@ class InputFiles:
         await self.resources.check_room(self.min_free_bytes, "files")
         async with self.resources.blobs.incoming() as file:
             await receive(file, chunks, param, self.most(rule))
-            found = await self.validator.validate(file.path, flatten=flatten)
-            image = check_found(found, rule, param)
-            return await self._store(owner, name(), file, found.sha256, image)
+            validation = await self.validator.validate(file.path, flatten=flatten)
+            image = check_found(validation, rule, param)
+            return await self._store(owner, name(), file, validation.sha256, image)
 
     async def check(self, file: Incoming, rule: ImagesField, param: str) -> None:
         """Checks an image that is stored already. Raises ApiError 400 or 413."""
@@ -95,8 +95,8 @@ class InputFiles:
         checkpoint("file.saved")
         await self.resources.store.write(store_files, row)
         checkpoint("file.stored")
-        known = {"file_id": file_id, "owner": owner, "bytes": row.bytes}
-        log.info("file.stored", **known, media_type=row.media_type, sha256=row.sha256)
+        fields = {"file_id": file_id, "owner": owner, "bytes": row.bytes}
+        log.info("file.stored", **fields, media_type=row.media_type, sha256=row.sha256)
         return row
 
     async def erase(self, file_id: str, owner: str | None) -> bool:
