@@ -112,10 +112,10 @@ def sink_address(value: object) -> SinkAddress:
 def _options(query: str, form: Form) -> dict[str, str]:
     """The options by name. `types` are joined by commas, any other option is there once."""
     given = parse_qs(query, keep_blank_values=True)
-    known = (*form.target, *form.options, "types", "name")
+    names = (*form.target, *form.options, "types", "name")
     for name, values in given.items():
-        if name not in known:
-            raise ValueError(f"should have no options but {', '.join(known)}")
+        if name not in names:
+            raise ValueError(f"should have no options but {', '.join(names)}")
         if name != "types" and (
             len(values) > 1 or "," in values[0] or not TEXT.fullmatch(values[0])
         ):

@@ -87,10 +87,10 @@ def lease_sinks(tx: Transaction, name: str) -> SinkLease | None:
         return SinkLease(name, 1, position)
     # A lease that ends later than any lease can was set before the clock went back.
     latest = tx.now + LEASE_MS + TOLERANCE_MS
-    held = row.lease_until is not None and tx.now < row.lease_until <= latest
-    if held and row.lease_owner != tx.process:
+    leased = row.lease_until is not None and tx.now < row.lease_until <= latest
+    if leased and row.lease_owner != tx.process:
         return None
-    fence = row.fence if held else row.fence + 1
+    fence = row.fence if leased else row.fence + 1
     tx.connection.execute(update(sinks).where(sinks.c.name == name).values(fence=fence, **lease))
     return SinkLease(name, fence, row.position)
 
@@ -102,8 +102,8 @@ def change_sinks(tx: Transaction, item: tuple[SinkLease, Mapping[str, Any]]) -> 
     """
     lease, values = item
     mine = (sinks.c.name == lease.name, sinks.c.fence == lease.fence)
-    held = update(sinks).where(*mine, sinks.c.lease_until.is_not(None))
-    return tx.connection.execute(held.values(values)).rowcount == 1
+    statement = update(sinks).where(*mine, sinks.c.lease_until.is_not(None))
+    return tx.connection.execute(statement.values(values)).rowcount == 1
 
 
 def sinks_behind(
@@ -113,8 +113,8 @@ def sinks_behind(
     by name.
     """
     behind: dict[str, int | None] = dict.fromkeys(wanted)
-    known = select(sinks.c.name, sinks.c.position).where(sinks.c.name.in_(wanted))
-    for row in connection.execute(known) if wanted else ():
+    positions = select(sinks.c.name, sinks.c.position).where(sinks.c.name.in_(wanted))
+    for row in connection.execute(positions) if wanted else ():
         statement = select(events.c.time).where(events.c.sequence > row.position)
         if wanted[row.name]:
             statement = statement.where(type_conditions(wanted[row.name]))
@@ -188,26 +188,26 @@ class BrokerWorker:
         failure. Returns how many events were published.
         """
         clock, started = asyncio.get_running_loop().time, time.perf_counter()
-        place, count = lease.position, 0
+        position, count = lease.position, 0
         try:
             for entry in entries:
                 if clock() >= self._renew_at + SPARE_S:
                     break
                 await self._send(entry)
-                place, count = entry.sequence, count + 1
+                position, count = entry.sequence, count + 1
             else:
-                place = last
+                position = last
         finally:
-            if place > lease.position:
-                moved = lease, {"position": place}
+            if position > lease.position:
+                moved = lease, {"position": position}
                 advanced = await self._resources.store.write(change_sinks, moved)
-                self._lease = replace(lease, position=place) if advanced else None
+                self._lease = replace(lease, position=position) if advanced else None
             if count:
                 log.info(
                     "sink.published",
                     sink=lease.name,
                     events=count,
-                    sequence=sequence_text(place),
+                    sequence=sequence_text(position),
                     duration_ms=round((time.perf_counter() - started) * 1000),
                 )
         return count
@@ -260,8 +260,8 @@ class BrokerWorker:
             document = json.loads(entry.document)
             if "request" not in document["data"]:
                 raise
-            known = {"event_id": entry.id, "bytes": len(entry.document)}
-            log.warning("sink.shortened", sink=self._sink.name, **known)
+            fields = {"event_id": entry.id, "bytes": len(entry.document)}
+            log.warning("sink.shortened", sink=self._sink.name, **fields)
             document["data"]["request"] = {}
             shorter = replace(entry, document=compact_json(document).encode())
             await self._sink.publish(shorter, trace)

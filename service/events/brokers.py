@@ -287,10 +287,10 @@ class Redis(BrokerSink):
     async def _prepare(self, connection: Any) -> None:
         self._client = connection
         last = await connection.xrevrange(self._address.target, count=REMEMBERED)
-        self._known = {fields.get(b"id", b"") for _, fields in last}
+        self._ids = {fields.get(b"id", b"") for _, fields in last}
 
     async def _send(self, entry: Entry, trace: Mapping[str, str]) -> None:
-        if entry.id.encode() not in self._known:
+        if entry.id.encode() not in self._ids:
             fields = {"id": entry.id, "type": entry.type, "content-type": CONTENT_TYPE}
             await self._client.xadd(
                 self._address.target, {**fields, **trace, "event": entry.document}

@@ -46,9 +46,9 @@ _EVENTS = select(events).where(events.c.id.in_(bindparam("ids", expanding=True))
 def deliveries_to_send(connection: Connection, ids: Sequence[str]) -> dict[str, DeliveryToSend]:
     """The deliveries by id."""
     rows = run_mappings(connection, _DELIVERIES_TO_SEND, {"ids": list(ids)})
-    wanted = {"ids": list({row["event_id"] for row in rows})}
-    found = {row["id"]: row for row in run_mappings(connection, _EVENTS, wanted)}
-    return {row["id"]: _to_send(connection, row, found.get(row["event_id"])) for row in rows}
+    parameters = {"ids": list({row["event_id"] for row in rows})}
+    by_id = {row["id"]: row for row in run_mappings(connection, _EVENTS, parameters)}
+    return {row["id"]: _to_send(connection, row, by_id.get(row["event_id"])) for row in rows}
 
 
 def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend | None:
@@ -92,21 +92,21 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     """Records attempts. False: the lease had ended. The attempt is kept, and the holder of the
     next lease decides about the delivery.
     """
-    found = _lock_deliveries(tx.connection, items)
-    rows, known = {row["id"]: row for row in found}, {row["known_attempt"] for row in found}
-    made = [(rows[item.lease.key], item.attempt) for item in items if item.lease.key in rows]
-    _insert_attempts(tx, [(row, each) for row, each in made if each and each.id not in known])
+    locked = _lock_deliveries(tx.connection, items)
+    rows, ids = {row["id"]: row for row in locked}, {row["known_attempt"] for row in locked}
+    pairs = [(rows[item.lease.key], item.attempt) for item in items if item.lease.key in rows]
+    _insert_attempts(tx, [(row, each) for row, each in pairs if each and each.id not in ids])
     # A success changes no endpoint that did not fail before, nor in this batch.
     failed = {each.lease.key for each in items if each.attempt and each.result != "delivered"}
-    uncalm = {row["endpoint_id"] for row in found if row["failing_since"] or row["id"] in failed}
-    calm = {row["endpoint_id"] for row in found} - uncalm
+    uncalm = {row["endpoint_id"] for row in locked if row["failing_since"] or row["id"] in failed}
+    calm = {row["endpoint_id"] for row in locked} - uncalm
     results = []
     for item in items:
         row = rows.get(item.lease.key)
-        held = row is not None and leases.holds(item.lease, row)
+        leased = row is not None and leases.holds(item.lease, row)
         if item.wake:
             tx.due.add(item.lease.stage)
-        if row is not None and held:
+        if row is not None and leased:
             if _is_plain(row, item, calm):
                 ended = {"state": "delivered", "finished_at": tx.now, "slot_at": None}
                 ended |= leases.release(item.lease.stage, None)
@@ -115,7 +115,7 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
                 tx.write()
                 _record(tx, row, item, calm)
             del rows[item.lease.key]  # its lease has ended
-        results.append(held)
+        results.append(leased)
     return results
 
 
@@ -146,7 +146,7 @@ def _lock_deliveries(
     return run_mappings(connection, _LOCKING, {"tried": tried, "keys": keys})
 
 
-def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]]) -> None:
+def _insert_attempts(tx: Transaction, pairs: Sequence[tuple[Row, DeliveryAttempt]]) -> None:
     rows = [
         {
             "delivery_id": row["id"],
@@ -154,7 +154,7 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]
             "time": tx.now,
             **{name: getattr(attempt, name) for name in COLUMNS},
         }
-        for row, attempt in made
+        for row, attempt in pairs
     ]
     if rows:
         run_many(tx.connection, inserting(attempts), rows)
@@ -178,8 +178,8 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome, calm: Collection[s
     finished = result in ("delivered", "dead", "gone")
     # A held delivery has no due time: it is released when the endpoint is enabled. If the endpoint
     # was enabled meanwhile, nothing would release it, so it is due at once.
-    held = result == "held" and endpoint is not None and endpoint.status == "paused"
-    ended = finished or held or row["state"] != "pending"
+    paused = result == "held" and endpoint is not None and endpoint.status == "paused"
+    ended = finished or paused or row["state"] != "pending"
     wait_ms = delivery_order.wait_behind(tx, row) if result == "behind" else item.wait_ms
     values = leases.release(item.lease.stage, None if ended else tx.now + wait_ms)
     if finished:
@@ -219,10 +219,10 @@ class ManualAttempt:
 @one_by_one
 def record_manual_attempts(tx: Transaction, item: ManualAttempt) -> None:
     mine = deliveries.c.id == item.delivery_id
-    found = tx.connection.execute(select(deliveries).where(mine).with_for_update()).mappings()
-    row = found.first()
-    known = select(attempts.c.id).where(attempts.c.id == item.attempt.id)
-    if row is None or tx.connection.scalar(known) is not None:
+    rows = tx.connection.execute(select(deliveries).where(mine).with_for_update()).mappings()
+    row = rows.first()
+    existing = select(attempts.c.id).where(attempts.c.id == item.attempt.id)
+    if row is None or tx.connection.scalar(existing) is not None:
         return
     _insert_attempts(tx, [(row, item.attempt)])
     gone = item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
@@ -274,12 +274,12 @@ def delivery_list(
     if given.get("last_status", 0) >= 300:
         statement = statement.where(REFUSED)
     rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
-    made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
+    by_id: dict[str, list[Row]] = {row["id"]: [] for row in rows}
     order = attempts.c.time, attempts.c.id
     latest = over(func.row_number(), attempts.c.delivery_id, [each.desc() for each in order])
-    tried = select(attempts, latest.label("number")).where(attempts.c.delivery_id.in_(made))
+    tried = select(attempts, latest.label("number")).where(attempts.c.delivery_id.in_(by_id))
     shown = tried.subquery()
     few = select(shown).where(shown.c.number <= ATTEMPTS).order_by(shown.c.time, shown.c.id)
     for attempt in connection.execute(few).mappings():
-        made[attempt["delivery_id"]].append(attempt)
-    return [(row, made[row["id"]]) for row in rows]
+        by_id[attempt["delivery_id"]].append(attempt)
+    return [(row, by_id[row["id"]]) for row in rows]

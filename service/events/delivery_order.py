@@ -70,22 +70,22 @@ def wait_behind(tx: Transaction, row: Row) -> int:
     The further back it is, the longer. A look costs some milliseconds, so that thousands of waiting
     deliveries that all looked every minute would leave no time to send.
     """
-    found = _locked(tx, _in_front(row))
-    if found is None:  # it has ended, or another transaction records it now
+    first = _locked(tx, _in_front(row))
+    if first is None:  # it has ended, or another transaction records it now
         return LOOK_MS
     some = _in_front(row).limit(PLACES).subquery()
-    place: int = tx.connection.execute(select(func.count()).select_from(some)).scalar_one()
-    return max(0, (found["due_at"] or 0) - tx.now) + LATE_MS * max(1, place)
+    position: int = tx.connection.execute(select(func.count()).select_from(some)).scalar_one()
+    return max(0, (first["due_at"] or 0) - tx.now) + LATE_MS * max(1, position)
 
 
 def release_next(tx: Transaction, row: Row) -> None:
     """Makes the first pending delivery of the key due, after one of them has ended."""
     if row["order_key"] is None or row["endpoint_id"] is None:
         return
-    found = _locked(tx, _pending(row["endpoint_id"], row["order_key"], columns.id != row["id"]))
-    if found is None or found["attempts"] or (found["due_at"] or 0) <= tx.now:
+    first = _locked(tx, _pending(row["endpoint_id"], row["order_key"], columns.id != row["id"]))
+    if first is None or first["attempts"] or (first["due_at"] or 0) <= tx.now:
         return
-    mine = update(deliveries).where(columns.id == found["id"])
+    mine = update(deliveries).where(columns.id == first["id"])
     tx.connection.execute(mine.values(due_at=tx.now))
     tx.due.update(("deliver", "redeliver"))
 
@@ -138,8 +138,8 @@ def _take(tx: Transaction, item: RateRequest) -> int:
     if item.later and slot - tx.now > max(AHEAD_MS, interval):
         return AHEAD_MS
     tx.connection.execute(update(endpoints).where(mine).values(slot_at=slot + interval))
-    place = update(deliveries).where(columns.id == item.delivery_id).values(slot_at=slot)
-    tx.connection.execute(place)
+    statement = update(deliveries).where(columns.id == item.delivery_id).values(slot_at=slot)
+    tx.connection.execute(statement)
     return slot - tx.now
 
 

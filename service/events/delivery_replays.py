@@ -44,7 +44,7 @@ class DeliveryFilter:
 
 
 def conditions(wanted: DeliveryFilter) -> list[ColumnElement[bool]]:
-    found = paging.conditions(
+    clauses = paging.conditions(
         deliveries,
         owner=wanted.owner,
         endpoint_id=wanted.endpoint,
@@ -55,11 +55,11 @@ def conditions(wanted: DeliveryFilter) -> list[ColumnElement[bool]]:
         until=wanted.until,
     )
     if wanted.state in (None, "dead"):
-        found.append(columns.cause.is_not(None))
+        clauses.append(columns.cause.is_not(None))
     if wanted.type is not None:
         named = and_(events.c.id == columns.event_id, type_conditions([wanted.type]))
-        found.append(exists().where(named))
-    return found
+        clauses.append(exists().where(named))
+    return clauses
 
 
 def count_selected(connection: Connection, wanted: DeliveryFilter) -> int:
@@ -100,15 +100,15 @@ def record_selected(tx: Transaction, replay: Row, found: Sequence[Row]) -> int:
     forward = [row["id"] for row in reachable if row["state"] == "pending"]
     _bring_forward(tx, replay, forward)
     sequences = lock_events(tx, {row["event_id"] for row in reachable})
-    done, wanted = on_their_way(tx, replay, sequences), []
+    done, rows = on_their_way(tx, replay, sequences), []
     for row in reachable:
         key = row["event_id"], row["endpoint_id"]
         if row["state"] != "pending" and row["event_id"] in sequences and key not in done:
             done.add(key)
             names = ("owner", "endpoint_id", "event_id", "task_id")
-            wanted.append({name: row[name] for name in names})
-    insert_deliveries(tx, replay, wanted, rows_of, sequences)
-    return len(forward) + len(wanted)
+            rows.append({name: row[name] for name in names})
+    insert_deliveries(tx, replay, rows, rows_of, sequences)
+    return len(forward) + len(rows)
 
 
 def _bring_forward(tx: Transaction, replay: Row, ids: Sequence[str]) -> None:
@@ -134,11 +134,11 @@ def on_their_way(
     """Events and endpoints that need no new delivery: what is delivered or pending, or, if the
     replay repeats delivered ones, what it has made itself.
     """
-    made = columns.replay_id == replay["id"]
-    reached = made if replay["only"] == "all" else or_(made, columns.state != "dead")
+    own = columns.replay_id == replay["id"]
+    reached = own if replay["only"] == "all" else or_(own, columns.state != "dead")
     statement = select(columns.event_id, columns.endpoint_id)
-    found = tx.connection.execute(statement.where(columns.event_id.in_(event_ids), reached))
-    return {(row.event_id, row.endpoint_id) for row in found}
+    rows = tx.connection.execute(statement.where(columns.event_id.in_(event_ids), reached))
+    return {(row.event_id, row.endpoint_id) for row in rows}
 
 
 def insert_deliveries(
@@ -154,8 +154,8 @@ def insert_deliveries(
     keys: dict[tuple[str, str], str] = {}
     for id, endpoint in endpoints.items():
         mine = [row["event_id"] for row in wanted if row["endpoint_id"] == id]
-        found = order_keys(tx, endpoint.options if endpoint else None, mine)
-        keys |= {(id, event_id): key for event_id, key in found.items()}
+        by_event = order_keys(tx, endpoint.options if endpoint else None, mine)
+        keys |= {(id, event_id): key for event_id, key in by_event.items()}
     rows = []
     for row in wanted:
         key = keys.get((row["endpoint_id"], row["event_id"]))

@@ -66,9 +66,9 @@ class DeliveryWorker:
             await self.sender.resources.store.write(record_attempts, outcome)
             return
         checkpoint("delivery.answered")
-        held = await self._record(outcome)
+        leased = await self._record(outcome)
         checkpoint("delivery.recorded")
-        self._report(delivery, outcome, held)
+        self._report(delivery, outcome, leased)
 
     async def _read(self, lease: Lease) -> DeliveryToSend | None:
         alone = self.sender.resources.store.read
@@ -170,7 +170,7 @@ class DeliveryWorker:
         after_ms = round(self.disable_after_s * 1000)
         return DeliveryOutcome(lease, result, attempt, wait_ms, after_ms, wake, early)
 
-    def _report(self, delivery: DeliveryToSend, outcome: DeliveryOutcome, held: bool) -> None:
+    def _report(self, delivery: DeliveryToSend, outcome: DeliveryOutcome, leased: bool) -> None:
         assert outcome.attempt is not None
         assert delivery.event is not None
         resources, lease, result = self.sender.resources, outcome.lease, outcome.result
@@ -179,7 +179,7 @@ class DeliveryWorker:
             seconds = max(0, resources.clock() - called_back_at) / 1000
             resources.metrics.callback_to_delivery_seconds.observe(seconds)
         number, wait_ms = lease.attempts, outcome.wait_ms
-        report(resources, delivery, outcome.attempt, result, number, wait_ms, held=held)
+        report(resources, delivery, outcome.attempt, result, number, wait_ms, held=leased)
 
 
 def is_sendable(delivery: DeliveryToSend) -> bool:

@@ -70,8 +70,8 @@ def recovered(tx: Transaction, endpoint: EndpointRow, *, tell: bool) -> None:
     since, last = endpoint.failing_since, endpoint.recovered_at
     assert since is not None
     tell = tell and (last is None or not 0 <= tx.now - last < QUIET_MS)
-    told = {"recovered_at": tx.now} if tell else {}
-    update_endpoint(tx, endpoint.id, failing_since=None, **told)
+    values = {"recovered_at": tx.now} if tell else {}
+    update_endpoint(tx, endpoint.id, failing_since=None, **values)
     bring_forward(tx, endpoint)
     if tell:
         data: JSON = {"endpoint_id": endpoint.id, "failing_since": rfc3339(since)}

@@ -29,15 +29,15 @@ def wants(options: JSON | None, data: JSON) -> bool:
     """Whether an event's metadata has every pair of the filter. An event without metadata, such as
     an operators' event, passes only an endpoint without a filter.
     """
-    wanted = (options or {}).get("metadata") or {}
+    pairs = (options or {}).get("metadata") or {}
     has = data.get("metadata") or {}
-    return all(has.get(name) == value for name, value in wanted.items())
+    return all(has.get(name) == value for name, value in pairs.items())
 
 
 def filter_conditions(options: JSON | None) -> list[ColumnElement[bool]]:
     """`wants`, as conditions on the rows of events."""
-    wanted = (options or {}).get("metadata") or {}
-    return [events.c.data[("metadata", key)].as_string() == wanted[key] for key in wanted]
+    pairs = (options or {}).get("metadata") or {}
+    return [events.c.data[("metadata", key)].as_string() == pairs[key] for key in pairs]
 
 
 def paced(options: JSON | None) -> bool:

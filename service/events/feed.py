@@ -84,8 +84,8 @@ def event_list(
         return [_entry(row, links) for row in connection.execute(some).mappings()]
 
     place_of = attrgetter("sequence")
-    found = in_batches(read, place_of, size_of, after, limit, courtesy(connection))
-    entries, cut = that_fit(found, size_of, most)
+    candidates = in_batches(read, place_of, size_of, after, limit, courtesy(connection))
+    entries, cut = that_fit(candidates, size_of, most)
     full = cut or len(entries) == limit
     place = entries[-1].sequence if full else max(last, after)
     return EntryPage(entries, place, _forgotten(connection), full)
@@ -93,12 +93,12 @@ def event_list(
 
 def _places(owner: str | None, place: int, count: int, types: Sequence[str]) -> Select[Any]:
     """The next places of events of each of these types, by an index of events that are rare."""
-    found = []
+    selects = []
     for type in dict.fromkeys(types):
         some = matching(select(events.c.sequence), events, owner=owner, type=type)
         some = some.where(RARE_EVENT, events.c.sequence > place)
-        found.append(select(some.order_by(events.c.sequence).limit(count).subquery().c.sequence))
-    return select(union_all(*found).subquery().c.sequence)
+        selects.append(select(some.order_by(events.c.sequence).limit(count).subquery().c.sequence))
+    return select(union_all(*selects).subquery().c.sequence)
 
 
 def _entry(row: Row, links: Links) -> Entry:

@@ -112,8 +112,8 @@ def _find_origins(tx: Transaction) -> None:
     """Reads the origins of tasks that operators' events name."""
     missing = {event.task_id for event in tx.emitted if event.task_id} - tx.origins.keys()
     if missing:
-        found = select(tasks.c.id, *ORIGIN).where(tasks.c.id.in_(missing))
-        for id, *values in tx.connection.execute(found):
+        statement = select(tasks.c.id, *ORIGIN).where(tasks.c.id.in_(missing))
+        for id, *values in tx.connection.execute(statement):
             tx.origins[id] = Origin(*values)
 
 

@@ -41,29 +41,29 @@ class ReplayExtent:
 
 def conditions(wanted: ReplayFilter, endpoint: Row) -> list[ColumnElement[bool]]:
     types = (endpoint["types"], wanted.types)
-    found = [events.c.time >= wanted.since, *(type_conditions(each) for each in types if each)]
-    found += filter_conditions(endpoint["options"])
+    clauses = [events.c.time >= wanted.since, *(type_conditions(each) for each in types if each)]
+    clauses += filter_conditions(endpoint["options"])
     if wanted.until is not None:
-        found.append(events.c.time < wanted.until)
+        clauses.append(events.c.time < wanted.until)
     if wanted.owner is not None:
-        found.append(events.c.owner == wanted.owner)
+        clauses.append(events.c.owner == wanted.owner)
     if wanted.only != "all":
         mine = deliveries.c.endpoint_id == wanted.endpoint_id
         to_it = and_(deliveries.c.event_id == events.c.id, mine)
         # A disabled endpoint gets no deliveries, so an event without one counts as dead.
-        found.append(or_(events.c.time > endpoint["created_at"], exists().where(to_it)))
+        clauses.append(or_(events.c.time > endpoint["created_at"], exists().where(to_it)))
         dead = wanted.only == "dead"
         state = deliveries.c.state
         reached = state != "dead" if dead else state == "delivered"
-        found.append(~exists().where(to_it, reached))
-    return found
+        clauses.append(~exists().where(to_it, reached))
+    return clauses
 
 
 def replay_extent(connection: Connection, wanted: ReplayFilter) -> ReplayExtent:
     endpoint = endpoint_row(connection, wanted.endpoint_id, None)
     if endpoint is None:
         return ReplayExtent(0, 0, 0)
-    place = events.c.sequence
-    statement = select(func.count(), func.min(place), func.max(place))
+    sequence = events.c.sequence
+    statement = select(func.count(), func.min(sequence), func.max(sequence))
     count, first, last = connection.execute(statement.where(*conditions(wanted, endpoint))).one()
     return ReplayExtent(count, (first or 1) - 1, last or 0)

@@ -74,19 +74,19 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayPag
     # If `until` was not in the past at the start, `last` is the only limit.
     until = row["until_at"] if row["until_at"] < row["created_at"] else None
     only = "undelivered" if row["pending"] else row["only"]
-    wanted = ReplayFilter(
+    replay_filter = ReplayFilter(
         endpoint["id"], endpoint["owner"], row["since_at"], until, row["types"], only
     )
     page = select(events.c.id, events.c.task_id, events.c.sequence).where(
-        *conditions(wanted, endpoint),
+        *conditions(replay_filter, endpoint),
         events.c.sequence > row["position"],
         events.c.sequence <= row["last"],
     )
     page = page.order_by(events.c.sequence).limit(limit)
-    found = list(connection.execute(page).mappings())
-    if len(found) == limit and found[-1]["sequence"] < row["last"]:
-        return ReplayPage(found, found[-1]["sequence"], EVERY_MS)
-    return ReplayPage(found, row["last"], None)
+    rows = list(connection.execute(page).mappings())
+    if len(rows) == limit and rows[-1]["sequence"] < row["last"]:
+        return ReplayPage(rows, rows[-1]["sequence"], EVERY_MS)
+    return ReplayPage(rows, row["last"], None)
 
 
 def replay_row(
@@ -169,8 +169,8 @@ def record_pages(tx: Transaction, item: tuple[Lease, ReplayPage]) -> bool:
     return True
 
 
-def _advance(tx: Transaction, row: Row, page: ReplayPage, made: int, **more: Any) -> None:
-    values = {"made": row["made"] + made, **more}
+def _advance(tx: Transaction, row: Row, page: ReplayPage, count: int, **more: Any) -> None:
+    values = {"made": row["made"] + count, **more}
     if page.position is not None:
         values["position"] = page.position
     if page.wait_ms is None:
@@ -187,14 +187,14 @@ def _redeliver(tx: Transaction, row: Row, endpoint: EndpointRow, page: ReplayPag
     sequences = lock_events(tx, [event["id"] for event in page.events])
     if row["pending"]:
         _bring_forward(tx, row, endpoint, sequences)
-    known = on_their_way(tx, row, sequences)
+    done = on_their_way(tx, row, sequences)
     to = {"owner": endpoint.owner or OPERATORS, "endpoint_id": endpoint.id}
-    wanted = [
+    rows = [
         {**to, "event_id": event["id"], "task_id": event["task_id"]}
         for event in page.events
-        if event["id"] in sequences and (event["id"], endpoint.id) not in known
+        if event["id"] in sequences and (event["id"], endpoint.id) not in done
     ]
-    insert_deliveries(tx, row, wanted, {endpoint.id: endpoint}, sequences)
+    insert_deliveries(tx, row, rows, {endpoint.id: endpoint}, sequences)
     return len(sequences)
 
 

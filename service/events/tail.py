@@ -149,8 +149,8 @@ class Tail:
         """The next entries from the buffer, and the new place."""
         start = bisect_right(self._entries, place, key=attrgetter("sequence"))
         kept = self._entries[start : start + PAGE]
-        taken = (entry for entry in kept if wanted.takes(entry))
-        entries, _ = that_fit(taken, lambda entry: entry.size, SENT_SIZE)
+        matches = (entry for entry in kept if wanted.takes(entry))
+        entries, _ = that_fit(matches, lambda entry: entry.size, SENT_SIZE)
         if entries and kept[-1] is not entries[-1]:
             return entries, entries[-1].sequence
         return entries, kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
