@@ -49,8 +49,8 @@ def processes(connection: Connection, now: int) -> dict[str, int]:
     """
     alive = counters.c.name.startswith(PROCESS), counters.c.value >= now - SILENT_MS
     names = connection.scalars(select(counters.c.name).where(*alive))
-    found = Counter(name.split(" ")[1] for name in names)
-    return {role: found[role] for role in ROLES} if found else {}
+    counts = Counter(name.split(" ")[1] for name in names)
+    return {role: counts[role] for role in ROLES} if counts else {}
 
 
 def forget_processes(tx: Transaction, items: Sequence[None]) -> list[None]:

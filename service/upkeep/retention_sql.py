@@ -213,8 +213,8 @@ def old_events(connection: Connection, after: int, before: int) -> OldEvents | N
         return None
     ids = [row.id for row in page]
     pending = and_(deliveries.c.event_id.in_(ids), deliveries.c.state == "pending")
-    wanted = set(connection.execute(select(deliveries.c.event_id).where(pending)).scalars())
-    return OldEvents([id for id in ids if id not in wanted], page[-1].sequence)
+    pending_ids = set(connection.execute(select(deliveries.c.event_id).where(pending)).scalars())
+    return OldEvents([id for id in ids if id not in pending_ids], page[-1].sequence)
 
 
 @one_by_one
