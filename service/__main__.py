@@ -20,9 +20,9 @@ def main() -> None:
 
 def columns() -> int:
     """Of the terminal. Without a terminal, those of the file."""
-    given = os.environ.get("COLUMNS", "")
+    width = os.environ.get("COLUMNS", "")
     try:
-        return int(given) if given.isdecimal() else os.get_terminal_size(1).columns or HELP_WIDTH
+        return int(width) if width.isdecimal() else os.get_terminal_size(1).columns or HELP_WIDTH
     except OSError:
         return HELP_WIDTH
 

@@ -95,11 +95,11 @@ def stages(
     downloader = DownloadWorker(resources, validator, settings.download_schedule, *limits)
     sender = WebhookSender(resources, settings.delivery_timeout_s)
     delivery = DeliveryWorker(sender, settings.delivery_schedule, settings.endpoint_disable_after_s)
-    places, downloads = settings.evolink_concurrency, settings.download_concurrency
+    slots, downloads = settings.evolink_concurrency, settings.download_concurrency
     return [
-        Stage("submit", places, submitter.run, dead_letter_task),
-        Stage("settle", places, settler.run, dead_letter_task, rows=tasks_by_id),
-        Stage("reconcile", places, settler.run, dead_letter_task),
+        Stage("submit", slots, submitter.run, dead_letter_task),
+        Stage("settle", slots, settler.run, dead_letter_task, rows=tasks_by_id),
+        Stage("reconcile", slots, settler.run, dead_letter_task),
         Stage("download", downloads, downloader.run, dead_letter_image, rows=images_and_origins),
         Stage("deliver", DELIVERIES, delivery.run, dead_letter_delivery, shared=True),
         Stage("redeliver", REDELIVERIES, delivery.run, dead_letter_delivery, shared=True),
@@ -246,8 +246,8 @@ async def serve(
     async with running(settings, role, address) as context, AsyncExitStack() as stack:
         if settings.metrics_port is not None:
             operators = create_app(context, role, metrics_open=True)
-            taken = bind(settings.host, settings.metrics_port, "DARKROOM_METRICS_PORT")
-            await stack.enter_async_context(listening(Server(operators, taken, 1), stop))
+            listener = bind(settings.host, settings.metrics_port, "DARKROOM_METRICS_PORT")
+            await stack.enter_async_context(listening(Server(operators, listener, 1), stop))
         server = Server(create_app(context, role), bound, settings.stop_s, context.gate)
         await stack.enter_async_context(listening(server, stop))
         if role.workers:

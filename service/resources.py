@@ -54,10 +54,10 @@ class Resources:
     room: RecentLook[int | None] = field(default_factory=RecentLook)
 
     def id(self, kind: str) -> str:
-        made = self.new_id(kind, self.clock())
+        id = self.new_id(kind, self.clock())
         if kind != "task":
-            return made
-        return self.task_id_prefix + made.removeprefix(PREFIXES["task"])
+            return id
+        return self.task_id_prefix + id.removeprefix(PREFIXES["task"])
 
     async def check_room(self, limit: int, purpose: str) -> None:
         """Raises ApiError 503, and logs it, if the blob store has less free space than `limit`."""

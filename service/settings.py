@@ -197,7 +197,7 @@ class Settings(BaseModel):
 
     @field_validator("database_url", "blob_url")
     @classmethod
-    def _check_place(cls, value: str, info: ValidationInfo) -> str:
+    def _check_url(cls, value: str, info: ValidationInfo) -> str:
         value = value.replace("{data_dir}", str(info.data.get("data_dir", "/")))
         if info.field_name == "blob_url":
             if not value.startswith("file:///") and not types.BUCKET.fullmatch(value):
@@ -258,15 +258,15 @@ def load_settings(
     values: dict[str, Any] = {}
     for source in (variables_of(env_file), os.environ if environ is None else environ):
         values |= {name: source[name] for name in source if is_setting(name, source[name])}
-    known = {PREFIX + field.upper(): field for field in Settings.model_fields}
+    variables = {PREFIX + field.upper(): field for field in Settings.model_fields}
     for name in sorted(values):
-        if name not in known:
-            near = difflib.get_close_matches(name[len(PREFIX) :].lower(), known.values(), 1)
+        if name not in variables:
+            near = difflib.get_close_matches(name[len(PREFIX) :].lower(), variables.values(), 1)
             hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
             raise SettingsError({name: f"{name} is not a setting{hint}"})
         if values[name] is None:
             raise SettingsError({name: f"{name} has no value in {env_file}: write {name}=…"})
-    tidied = {known[name]: tidy(name, value) for name, value in values.items()}
+    tidied = {variables[name]: tidy(name, value) for name, value in values.items()}
     fields = {field: value for field, value in tidied.items() if value != ""}
     try:
         return Settings(**fields | overrides)

@@ -50,7 +50,7 @@ class Keyring:
         self._first, self._box = boxes[0], MultiFernet(boxes)
         # A backlog of webhooks has few endpoints, and takes as long to make their keys as to sign.
         self._opened = lru_cache(KEPT)(self._box.decrypt)
-        self._signers = lru_cache(KEPT)(self._made_signers)
+        self._signers = lru_cache(KEPT)(self._derive_signers)
         browser = [base64.urlsafe_b64encode(_derive(key, "console session")) for key in keys]
         self._browser = MultiFernet([Fernet(key) for key in browser])
 
@@ -65,7 +65,7 @@ class Keyring:
         """The public keys of `sign_openly`. The first one signs. The others did, or will."""
         return [each.public_key().public_bytes_raw() for each in self._signers(endpoint_id)]
 
-    def _made_signers(self, endpoint_id: str) -> list[Ed25519PrivateKey]:
+    def _derive_signers(self, endpoint_id: str) -> list[Ed25519PrivateKey]:
         seeds = (hmac.digest(key, _bytes(endpoint_id), "sha256") for key in self._signer_keys)
         return [Ed25519PrivateKey.from_private_bytes(seed) for seed in seeds]
 
@@ -88,9 +88,9 @@ class Keyring:
 
     def callback_token_valid(self, upstream: str, task_id: str, token: str) -> bool:
         """Whether any key made the token. Takes the same time for each key and for none."""
-        given, valid = _bytes(token), False
+        encoded, valid = _bytes(token), False
         for key in self._token_keys:
-            valid |= hmac.compare_digest(_token(key, upstream, task_id), given)
+            valid |= hmac.compare_digest(_token(key, upstream, task_id), encoded)
         return valid
 
     def sign_link(self, image_id: str, expires: str) -> str:
@@ -99,9 +99,9 @@ class Keyring:
 
     def link_valid(self, image_id: str, expires: str, signature: str) -> bool:
         """Whether any key signed the link. Takes the same time for each key and for none."""
-        given, valid = _bytes(signature), False
+        encoded, valid = _bytes(signature), False
         for key in self._link_keys:
-            valid |= hmac.compare_digest(_bytes(_link_signature(key, image_id, expires)), given)
+            valid |= hmac.compare_digest(_bytes(_link_signature(key, image_id, expires)), encoded)
         return valid
 
     def encrypt(self, text: str) -> bytes:

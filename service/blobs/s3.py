@@ -122,7 +122,7 @@ class S3Blobs:
             return
         try:
             async with answered(ANSWER_S):
-                found = await obstore.get_async(
+                result = await obstore.get_async(
                     self._store, name, options={"range": (start, BEYOND if end is None else end)}
                 )
         except BlobMissing:
@@ -132,7 +132,7 @@ class S3Blobs:
             if size is None or size > start:
                 raise
             return
-        pieces = found.stream(min_chunk_size=CHUNK)
+        pieces = result.stream(min_chunk_size=CHUNK)
         while piece := await next_of(pieces):
             for at in range(0, len(piece), CHUNK):
                 yield bytes(memoryview(piece)[at : at + CHUNK])

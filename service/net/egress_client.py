@@ -240,7 +240,7 @@ class Egress:
                 rule, logged = f"its address {rule}", f"{address} {rule}"
                 raise self._refused(host, rule, logged, setting=rules.networks_setting)
         if rules.hosts is not None and not any(
-            host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
+            host == entry or (entry[:1] == "." and host.endswith(entry)) for entry in rules.hosts
         ):
             reason = "the host is not one of those allowed"
             raise self._refused(host, reason, for_now=True, setting=rules.hosts_setting)

@@ -90,7 +90,7 @@ def read_head(text: bytes, *, without_body: bool = False) -> ResponseHead:
 
 def status_of(line: bytes) -> int:
     """The status in a status line without its line feed. Raises ValueError."""
-    found = STATUS_LINE.fullmatch(line)
-    if found is None or found[2] == b"101":  # Darkroom never asks for another protocol
+    match = STATUS_LINE.fullmatch(line)
+    if match is None or match[2] == b"101":  # Darkroom never asks for another protocol
         raise ValueError("it is no response of HTTP/1.1")
-    return int(found[2])
+    return int(match[2])

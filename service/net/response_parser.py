@@ -110,8 +110,8 @@ class ResponseParser:
             del buffer[: len(buffer) - len(buffer.lstrip(b"\r\n"))]
         if buffer[: len(BEGIN)].upper() != BEGIN[: len(buffer)]:
             raise BadHttpMessage("it is no response of HTTP/1.1")
-        found = EMPTY_LINE.search(buffer, max(0, self._searched - 2))
-        size = found.end() if found else len(buffer)
+        match = EMPTY_LINE.search(buffer, max(0, self._searched - 2))
+        size = match.end() if match else len(buffer)
         self._lines += buffer.count(b"\n", self._searched, size)
         self._searched = size
         if size > self._left or self._lines > MAX_LINES:
@@ -119,7 +119,7 @@ class ResponseParser:
             if head is None:
                 raise BadHttpMessage("the head of the response is too long")
             return head
-        if found is None:
+        if match is None:
             return None
         text = bytes(buffer[:size])
         del buffer[:size]

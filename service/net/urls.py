@@ -82,14 +82,14 @@ def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
     scheme, authority, path = parts[1].lower(), parts[2], parts[3]
     if "@" in authority:
         raise ValueError("a URL has no user name or password")
-    if (place := AUTHORITY.fullmatch(authority)) is None:
+    if (match := AUTHORITY.fullmatch(authority)) is None:
         raise ValueError("the host or port of the URL is not valid")
-    port = None if place[2] is None else int(place[2])
+    port = None if match[2] is None else int(match[2])
     if port is not None and not 0 < port < 65536:
         raise ValueError("the port of the URL is not valid")
     if port in BAD_PORTS:
         raise ValueError("the port of the URL is another protocol's")
-    host, address = parse_host(place[1])
+    host, address = parse_host(match[1])
     return Target(scheme, host, port, path, address)
 
 

@@ -69,9 +69,9 @@ class ConsoleLine:
         fields = " ".join(shown_fields(line))
         if width is not None and level in ("info", "debug"):
             fields = clipped(fields, width - used - 1)
-        for place, colour in ((0, "2"), (1, COLOURS[level]), (2, "1"), (3, "36")):
-            if place < len(cells):
-                cells[place] = self._coloured(cells[place], colour)
+        for index, colour in ((0, "2"), (1, COLOURS[level]), (2, "1"), (3, "36")):
+            if index < len(cells):
+                cells[index] = self._coloured(cells[index], colour)
         text = " ".join([*cells, fields]).rstrip()
         trace = line.get("exception")
         return f"{text}\n{trace}" if trace else text

@@ -92,8 +92,8 @@ class Metrics(Table):
         for name, kind in get_type_hints(Table, include_extras=True).items():
             metric, text, *labels = get_args(kind)
             buckets = {"buckets": SECONDS} if metric is Histogram else {}
-            made = metric(f"darkroom_{name}", text, labels, registry=self.registry, **buckets)
-            setattr(self, name, made)
+            collector = metric(f"darkroom_{name}", text, labels, registry=self.registry, **buckets)
+            setattr(self, name, collector)
         self.upstream_credits.set(float("nan"))
         for verdict in VERDICTS:
             self.callbacks.labels(verdict)

@@ -80,13 +80,13 @@ class Recorded:
 
 def valid_traceparent(header: str | None) -> str | None:
     """The header as version 00. None: it is missing or breaks the rules of W3C Trace Context."""
-    if header is None or (found := FORM.fullmatch(header.strip(" \t"))) is None:
+    if header is None or (match := FORM.fullmatch(header.strip(" \t"))) is None:
         return None
-    version, trace, parent, flags, more = found.groups()
+    version, trace, parent, flags, more = match.groups()
     if version == "ff" or (version == "00" and more) or not int(trace, 16) or not int(parent, 16):
         return None
-    known = flags if version == "00" else f"{int(flags, 16) & 1:02x}"  # "sampled" stays what it is
-    return f"00-{trace}-{parent}-{known}"
+    bits = flags if version == "00" else f"{int(flags, 16) & 1:02x}"  # "sampled" stays what it is
+    return f"00-{trace}-{parent}-{bits}"
 
 
 def current() -> str | None:
@@ -118,14 +118,14 @@ def span(
     before = current()
     parent = parent or before
     recorded = Recorded()
-    made = parent
+    traceparent = parent
     if _tracer is not None:
         recorded.span = _start(_tracer, name, kind, parent, linked, started_s, attributes)
         context = recorded.span.get_span_context()
         flags = int(context.trace_flags)
-        made = f"00-{context.trace_id:032x}-{context.span_id:016x}-{flags:02x}"
-    _current.set(made)
-    tokens = bind_contextvars(trace_id=made[3:35]) if made else {}
+        traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{flags:02x}"
+    _current.set(traceparent)
+    tokens = bind_contextvars(trace_id=traceparent[3:35]) if traceparent else {}
     try:
         yield recorded
     except BaseException as error:

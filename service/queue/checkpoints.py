@@ -21,12 +21,12 @@ class Shot:
 
 def shots(environ: Mapping[str, str]) -> dict[str, Shot]:
     """The armed checkpoints of the environment. ValueError: a count is no number."""
-    found = {}
+    armed = {}
     for variable, number in SIGNALS.items():
         name, _, count = environ.get(variable, "").partition(":")
         if name:
-            found[name] = Shot(number, int(count or 1))
-    return found
+            armed[name] = Shot(number, int(count or 1))
+    return armed
 
 
 ARMED = shots(os.environ)  # read once, when the process starts

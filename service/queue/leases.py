@@ -96,8 +96,8 @@ def release(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
 def holds(lease: Lease, row: object) -> bool:
     """Whether the row is still held under this lease."""
     stage = lease.stage
-    held = _value(stage, row, "lease_until") is not None
-    return held and _value(stage, row, "fence") == lease.fence
+    leased = _value(stage, row, "lease_until") is not None
+    return leased and _value(stage, row, "fence") == lease.fence
 
 
 def _value(stage: str, row: object, name: str) -> Any:
@@ -163,8 +163,8 @@ def claim_with_rows(tx: Transaction, item: tuple[str, Rows]) -> int:
     """Like `claim`, and reads the rows of all leases with one call."""
     (stage, rows), first = item, len(tx.leased)
     (count,), leases = claim(tx, [stage]), tx.leased[first:]
-    found = rows(tx.connection, [lease.key for lease in leases]) if leases else {}
-    tx.leased[first:] = [replace(lease, row=found.get(lease.key)) for lease in leases]
+    by_key = rows(tx.connection, [lease.key for lease in leases]) if leases else {}
+    tx.leased[first:] = [replace(lease, row=by_key.get(lease.key)) for lease in leases]
     return count
 
 

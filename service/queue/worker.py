@@ -44,13 +44,13 @@ class WorkerPool:
         store: BatchingStore,
         stages: Sequence[Stage],
         metrics: Metrics,
-        tell: Callable[[Transaction], None],
+        after_commit: Callable[[Transaction], None],
         turn: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._stages = {stage.name: stage for stage in stages}
         self._metrics = metrics
-        self._tell = tell
+        self._after_commit = after_commit
         self._turn = turn
         self._jobs: dict[Lease, asyncio.Task[None]] = {}
         self._backlog: set[str] = set()  # stages with due work
@@ -95,15 +95,15 @@ class WorkerPool:
         the log lines of its cause come first, and those of responses last.
         """
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._tell, tx)
+        loop.call_soon(self._after_commit, tx)
         self.hinted(tx.due)
         if self._look_at > (soon := loop.time() + LOOK_S):  # it may have made a row due later
             self._look_at = soon
             self._wake.set()
 
     def hinted(self, stages: Iterable[str] | None) -> None:
-        if known := self._stages.keys() if stages is None else self._stages.keys() & set(stages):
-            self._backlog |= known
+        if names := self._stages.keys() if stages is None else self._stages.keys() & set(stages):
+            self._backlog |= names
             self._wake.set()
 
     # --- claims ---
@@ -163,13 +163,13 @@ class WorkerPool:
         if not self._stages:  # a process without workers
             return frozenset()
         now = self._store.clock()
-        found = await self._store.read(outlook, now)
-        if ready := found.ready & self._stages.keys():
+        view = await self._store.read(outlook, now)
+        if ready := view.ready & self._stages.keys():
             self._backlog |= ready
             self._wake.set()
-        wait_s = quiet_s if found.next_due is None else (found.next_due - now) / 1000
+        wait_s = quiet_s if view.next_due is None else (view.next_due - now) / 1000
         self._look_at = min(self._look_at, clock() + max(LOOK_S, wait_s))
-        return found.candidates
+        return view.candidates
 
     async def _run_candidate(self, stage: Stage) -> None:
         """Runs a poison candidate of the stage alone, for at most `ALONE_S`.
@@ -252,13 +252,13 @@ class WorkerPool:
         self._returned[lease.key] += 1
         again = self._returned[lease.key] - 2
         wait_ms = round(fault_wait(again) * 1000) if again > 0 else 0
-        given = False
-        while not given:
+        done = False
+        while not done:
             await asyncio.sleep(LOOK_S)
-            given = self._stopping  # one last try, or the end of the lease counts as a crash
+            done = self._stopping  # one last try, or the end of the lease counts as a crash
             with suppress(StoreUnavailable):
                 await self._store.write(snooze, (lease, wait_ms))
-                given = True
+                done = True
 
     async def _renew(self) -> None:
         while True:

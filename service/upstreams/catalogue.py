@@ -100,8 +100,8 @@ class Catalogue:
         gets them all the same. A model that is not in the catalogue has no warnings.
         """
         entry = self.entry(model)
-        known = {name.partition(".")[0] for name in entry.fields} | {"model"} if entry else set()
-        unknown = (name for name in fields if name not in known)
+        names = {name.partition(".")[0] for name in entry.fields} | {"model"} if entry else set()
+        unknown = (name for name in fields if name not in names)
         return [
             f"{name[:NAME_CHARS]} is no known field of {model}: it was passed on as it is"
             for name in islice(unknown, MAX_WARNINGS if entry else 0)
@@ -139,8 +139,8 @@ def merged(
                 reason = f"no model {entry.like!r} is in the catalogue or above"
                 raise ConfigurationError(f"{name}, line {line}: models.{model}.like: {reason}")
             base = models[entry.like].fields_alone()
-        made = models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
-        if (unknown := made.unknown_field()) is not None:
+        merged_entry = models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
+        if (unknown := merged_entry.unknown_field()) is not None:
             path = ["models", model, *unknown[0]]
             reason = f"the model has no field {unknown[1]!r}"
             line = line_of(text, path)
@@ -156,8 +156,8 @@ def parse_catalogue(text: str, name: str) -> CatalogueFile:
     try:
         tables = tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
-        place = PLACE.search(str(error))
-        line = int(place[1]) if place and place[1] else len(text.splitlines())
+        match = PLACE.search(str(error))
+        line = int(match[1]) if match and match[1] else len(text.splitlines())
         reason = PLACE.sub("", str(error))
         raise ConfigurationError(f"{name}, line {line}: {reason}") from None
     try:
@@ -171,9 +171,9 @@ def parse_catalogue(text: str, name: str) -> CatalogueFile:
         if first["type"] == "union_tag_not_found":
             words = "type is required"
         value = first["input"] if isinstance(first["input"], str | int | Decimal) else None
-        given = "" if value is None else f", not {json.dumps(value, default=str)}"
+        actual = "" if value is None else f", not {json.dumps(value, default=str)}"
         raise ConfigurationError(
-            f"{name}, line {line_of(text, path)}: {'.'.join(path)}: {words}{given}"
+            f"{name}, line {line_of(text, path)}: {'.'.join(path)}: {words}{actual}"
         ) from None
 
 
@@ -202,7 +202,7 @@ def path_in(tables: Any, location: Sequence[int | str]) -> list[str]:
 def line_of(text: str, path: Sequence[str]) -> int:
     """The line that sets the value at a path, or else the table nearest to it."""
     table: list[str] = []
-    best, found = 0, 1
+    best, nearest = 0, 1
     for number, line in enumerate(text.splitlines(), 1):
         header = HEADER.fullmatch(line)
         if header is not None:
@@ -212,8 +212,8 @@ def line_of(text: str, path: Sequence[str]) -> int:
         else:
             continue
         if len(names) > best and list(path[: len(names)]) == names:
-            best, found = len(names), number
-    return found
+            best, nearest = len(names), number
+    return nearest
 
 
 def keys_of_table(toml: str) -> list[str]:

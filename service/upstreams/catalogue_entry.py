@@ -101,22 +101,22 @@ class ModelEntry(CataloguePart):
     def sourced(self, otherwise: str) -> "ModelEntry":
         """The entry with a source in each part."""
         source = {"source": self.source or otherwise}
-        given: JSON = {
+        parts: JSON = {
             "fields": {
                 name: rule if rule.source else rule.model_copy(update=source)
                 for name, rule in self.fields.items()
             }
         }
         if self.price is not None and not self.price.source:
-            given["price"] = self.price.model_copy(update=source)
-        return self.model_copy(update=given)
+            parts["price"] = self.price.model_copy(update=source)
+        return self.model_copy(update=parts)
 
     def over(self, below: "ModelEntry", otherwise: str) -> "ModelEntry":
         """The entry on top of another: a part that it does not give is the other's."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        given["fields"] = below.fields | self.fields
-        given["source"] = self.source or below.source or otherwise
-        return below.model_copy(update=given)
+        parts = {name: getattr(self, name) for name in self.model_fields_set}
+        parts["fields"] = below.fields | self.fields
+        parts["source"] = self.source or below.source or otherwise
+        return below.model_copy(update=parts)
 
     def fields_alone(self) -> "ModelEntry":
         return ModelEntry(edits=self.edits, fields=self.fields)
@@ -137,10 +137,10 @@ class ModelEntry(CataloguePart):
         """Why a field is refused beside the others."""
         if value_at(body, name) is None:
             return None
-        for other, wanted in (rule.only_with or {}).items():
-            if (given := self._chosen(body, other)) != wanted:
-                allowed = f"{name} is accepted only with {other} = {shown(wanted)}"
-                return f"{allowed}, and {other} is {shown(given)}"
+        for other, required in (rule.only_with or {}).items():
+            if (actual := self._chosen(body, other)) != required:
+                allowed = f"{name} is accepted only with {other} = {shown(required)}"
+                return f"{allowed}, and {other} is {shown(actual)}"
         return self._together(name, rule, body)
 
     def _together(self, name: str, rule: FieldRule, body: Mapping[str, Any]) -> str | None:
@@ -158,11 +158,11 @@ class ModelEntry(CataloguePart):
     def unknown_field(self) -> tuple[list[str], str] | None:
         """The place of a field's name in the entry that names none of its fields, and that name."""
         by = self.price.by if self.price is not None else None
-        places = [] if by is None else [(["price", "by"], by)]
+        references = [] if by is None else [(["price", "by"], by)]
         for name, rule in self.fields.items():
             others = rule.only_with or ()
-            places += [(["fields", name, "only_with", other], other) for other in others]
-        return next((each for each in places if each[1] not in self.fields), None)
+            references += [(["fields", name, "only_with", other], other) for other in others]
+        return next((each for each in references if each[1] not in self.fields), None)
 
     def price_of(self, body: Mapping[str, Any]) -> int | None:
         """The price of an image, or of the request, in millionths."""

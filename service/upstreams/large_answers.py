@@ -28,7 +28,7 @@ class LargeAnswers:
         self._egress = egress
         self._most = most
         self._folder = folder
-        self._place = asyncio.Lock()
+        self._slot = asyncio.Lock()
 
     @asynccontextmanager
     async def request(
@@ -42,7 +42,7 @@ class LargeAnswers:
         large: bool,
     ) -> AsyncGenerator[Response | EgressError, None]:
         """The readable response, or the error that came instead. Only with `large` its body may be.
-        A large body has the only place until the caller leaves the context.
+        A large body has the only slot until the caller leaves the context.
         """
         answer: Response | EgressError
         folder = None if self._folder is None else str(self._folder)
@@ -57,7 +57,7 @@ class LargeAnswers:
                     most = self._most if large and 200 <= streamed.status < 300 else USUAL_BYTES
                     sent = await _read(streamed, most, file)
                 if file.tell() > USUAL_BYTES:
-                    await stack.enter_async_context(self._place)
+                    await stack.enter_async_context(self._slot)
                     sent = replace(sent, body=_mapped(file, most))
                 answer = await self._readable(sent, most, stack)
             except EgressError as error:
@@ -74,7 +74,7 @@ class LargeAnswers:
         answer = readable(sent, USUAL_BYTES)
         if isinstance(answer, EgressError) or not min(most, len(answer.body)) > USUAL_BYTES:
             return answer
-        await stack.enter_async_context(self._place)  # it was compressed
+        await stack.enter_async_context(self._slot)  # it was compressed
         return await asyncio.to_thread(readable, sent, most)
 
 

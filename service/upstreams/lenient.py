@@ -134,11 +134,11 @@ def _first_value(body: bytes | bytearray) -> tuple[object, str]:
 
 def _tidied(match: re.Match[str]) -> str:
     """JSON for a text with escapes of no JSON, a trailing comma, or a word such as `undefined`."""
-    found = match[0]
+    token = match[0]
     if match["text"] is not None:
-        return ESCAPE.sub(_escaped, found) if "\\" in found else found
+        return ESCAPE.sub(_escaped, token) if "\\" in token else token
     if match["word"] is not None:
-        return found if SCALAR.fullmatch(found) else "null"
+        return token if SCALAR.fullmatch(token) else "null"
     return ""
 
 

@@ -110,8 +110,8 @@ def result_links(document: JSON) -> tuple[str, ...]:
     """The results in order. A result without a link becomes "", so that no image is missing without
     a trace. A `data:` URL becomes its short form.
     """
-    found = [links for place in PLACES if (links := _links_in(document.get(place)))]
-    best = next((links for links in found if any(map(usable, links))), found[0] if found else [])
+    lists = [links for name in PLACES if (links := _links_in(document.get(name)))]
+    best = next((links for links in lists if any(map(usable, links))), lists[0] if lists else [])
     return tuple(map(stored_form, best[:RESULTS]))
 
 

@@ -52,12 +52,12 @@ async def read_form(request: Request) -> UploadRequest:
         raise ApiError(400, "invalid_request", str(error)) from None
     if "file" not in parts:
         raise invalid("file", "file is required")
-    given = {name: parts.get(name, b"").decode("utf-8", "replace") for name in FORM_NAMES}
+    fields = {name: parts.get(name, b"").decode("utf-8", "replace") for name in FORM_NAMES}
     try:
-        asked = json.loads(given["sandbox"] or "null")
+        asked = json.loads(fields["sandbox"] or "null")
     except (ValueError, RecursionError):
         raise invalid("sandbox", "sandbox must be JSON") from None
-    return UploadRequest(parts["file"], given["fileName"] or filename, given["uploadPath"], asked)
+    return UploadRequest(parts["file"], fields["fileName"] or filename, fields["uploadPath"], asked)
 
 
 async def read_base64(request: Request) -> UploadRequest:

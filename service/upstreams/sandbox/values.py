@@ -32,8 +32,8 @@ def one_of(*words: str, otherwise: Value | None = None) -> Value:
 
     if otherwise is None:
         return Value("one of " + ", ".join(words), is_word)
-    known = ", ".join([*words, f"or {otherwise.words}"])
-    return Value(known, lambda value: is_word(value) or otherwise.accepts(value))
+    choices = ", ".join([*words, f"or {otherwise.words}"])
+    return Value(choices, lambda value: is_word(value) or otherwise.accepts(value))
 
 
 def matching(words: str, pattern: str) -> Value:
@@ -72,8 +72,8 @@ def page_fields(value: Any) -> Mapping[str, Any]:
 
 def is_page(value: Any) -> bool:
     fields = page_fields(value)
-    known = all(name in PAGE_FIELDS and PAGE_FIELDS[name].accepts(fields[name]) for name in fields)
-    return "status" in fields and known
+    valid = all(name in PAGE_FIELDS and PAGE_FIELDS[name].accepts(fields[name]) for name in fields)
+    return "status" in fields and valid
 
 
 PAGE = Value(
