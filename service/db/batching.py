@@ -60,8 +60,8 @@ def blames_item(error: Exception) -> bool:
     (data, constraint, syntax).
     """
     state = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
-    known = isinstance(error, IntegrityError | DataError | ProgrammingError)
-    return known or state[:2] in ("22", "23", "42")
+    by_type = isinstance(error, IntegrityError | DataError | ProgrammingError)
+    return by_type or state[:2] in ("22", "23", "42")
 
 
 class BatchingStore(ABC):
@@ -170,8 +170,8 @@ class BatchingStore(ABC):
 
     def _next(self) -> list[Call]:
         calls = [self._urgent.popleft() for _ in range(min(len(self._urgent), MAX_BATCH))]
-        places = min(len(self._patient), BESIDE_URGENT if calls else MAX_PATIENT)
-        return calls + [self._patient.popleft() for _ in range(places)]
+        count = min(len(self._patient), BESIDE_URGENT if calls else MAX_PATIENT)
+        return calls + [self._patient.popleft() for _ in range(count)]
 
     async def _commit(self, calls: Sequence[Call]) -> None:
         workers = self.workers
@@ -202,8 +202,8 @@ class BatchingStore(ABC):
         """The free slots for a batch: its share, if other committers have work at the same time."""
         free = workers.reserve()
         sharers = min(self.committers, self.busy + bool(self._urgent or self._patient))
-        slots = {stage: -(-places // sharers) for stage, places in free.items()}
-        workers.take((), {stage: places - slots[stage] for stage, places in free.items()})
+        slots = {stage: -(-count // sharers) for stage, count in free.items()}
+        workers.take((), {stage: count - slots[stage] for stage, count in free.items()})
         return slots
 
     async def execute(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
@@ -256,13 +256,13 @@ class BatchingStore(ABC):
         """
         tx = self.begin(connection, dict(slots))
         groups: dict[Callable[..., Any], list[int]] = {}
-        for place, call in enumerate(calls):
-            groups.setdefault(call.operation, []).append(place)
+        for index, call in enumerate(calls):
+            groups.setdefault(call.operation, []).append(index)
         results: list[Any] = [None] * len(calls)
-        for operation, places in groups.items():
-            answers = operation(tx, [calls[place].item for place in places])
-            for place, result in zip(places, answers, strict=True):
-                results[place] = result
+        for operation, indexes in groups.items():
+            answers = operation(tx, [calls[index].item for index in indexes])
+            for index, result in zip(indexes, answers, strict=True):
+                results[index] = result
             tx.write()
         tx.finish()
         self._flush(tx)

@@ -42,8 +42,8 @@ def number(tx: Transaction, name: str, rows: Sequence[JSON]) -> None:
     """Gives rows the next numbers of a sequence. The counter's row stays locked until the commit,
     so that rows become visible in the order of their numbers, with any number of writers.
     """
-    given = {"counter": name, "by": len(rows)}
-    ((last,),) = run(tx.connection, _RAISING, given)
+    values = {"counter": name, "by": len(rows)}
+    ((last,),) = run(tx.connection, _RAISING, values)
     for sequence, row in enumerate(rows, last - len(rows) + 1):
         row["sequence"] = sequence
 
@@ -62,8 +62,8 @@ def numbered_page(
     """
     statement = matching(select(table), table, **where)
     if after is not None:
-        known = matching(select(table.c.sequence), table, id=after, owner=sees)
-        if (sequence := connection.scalar(known)) is None:
+        query = matching(select(table.c.sequence), table, id=after, owner=sees)
+        if (sequence := connection.scalar(query)) is None:
             return None
         statement = statement.where(table.c.sequence > sequence)
     return list(connection.execute(statement.order_by(table.c.sequence).limit(limit)).mappings())

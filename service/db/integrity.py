@@ -79,17 +79,17 @@ def examine(path: Path) -> None:
             schema.refuse_foreign(connection)
             driver = connection.connection.driver_connection
             assert driver is not None
-            found = quick_check(driver)
+            verdict = quick_check(driver)
     except DatabaseError as error:
-        found = str(error.orig)
+        verdict = str(error.orig)
         if getattr(error.orig, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
             # Our files are in WAL mode from their first byte. This journal is another program's.
-            found = "a journal beside it holds an unfinished transaction"
+            verdict = "a journal beside it holds an unfinished transaction"
         elif not damaged(error):
             raise
-    if found != "ok":
+    if verdict != "ok":
         raise ConfigurationError(
-            f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}"
+            f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({verdict}): {ADVICE}"
         )
 
 

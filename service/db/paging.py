@@ -46,27 +46,27 @@ def conditions(
     """Of rows with these column values, created at or after `since` and before `until`. None: any
     value, at any time.
     """
-    found = [table.c[name] == value for name, value in values.items() if value is not None]
+    clauses = [table.c[name] == value for name, value in values.items() if value is not None]
     if since is not None:
-        found.append(table.c.created_at >= since)
+        clauses.append(table.c.created_at >= since)
     if until is not None:
-        found.append(table.c.created_at < until)
-    return found
+        clauses.append(table.c.created_at < until)
+    return clauses
 
 
 def matching(statement: Select[Any], table: Any, **values: Any) -> Select[Any]:
     return statement.where(*conditions(table, **values))
 
 
-def page(statement: Select[Any], table: Any, wanted: Selection, key: str = "id") -> Select[Any]:
+def page(statement: Select[Any], table: Any, selection: Selection, key: str = "id") -> Select[Any]:
     """Newest first. A page costs the same at any depth of the list: databases look up the pair of
     time and `key` in an index, which they cannot do with the same condition as `OR`.
     """
     created, last = table.c.created_at, table.c[key]
-    statement = wanted.narrow(statement, table)
-    if wanted.after is not None:
-        statement = statement.where(tuple_(created, last) < tuple_(*wanted.after))
-    return statement.order_by(created.desc(), last.desc()).limit(wanted.limit)
+    statement = selection.narrow(statement, table)
+    if selection.after is not None:
+        statement = statement.where(tuple_(created, last) < tuple_(*selection.after))
+    return statement.order_by(created.desc(), last.desc()).limit(selection.limit)
 
 
 def courtesy(connection: Connection) -> Callable[[], None]:

@@ -95,11 +95,11 @@ class PostgresStore(BatchingStore):
 
     def now(self, connection: Connection) -> int:
         """The database's time. For a second after it was read, it costs no round trip."""
-        if (asked := steady_ns()) >= self._fresh_until:
+        if (started := steady_ns()) >= self._fresh_until:
             time = connection.execute(NOW).scalar_one()
-            took = steady_ns() - asked
-            self._looked = (time, asked + took // 2)
-            self._fresh_until = asked + FRESH_NS if took < SLOW_NS else 0
+            took = steady_ns() - started
+            self._looked = (time, started + took // 2)
+            self._fresh_until = started + FRESH_NS if took < SLOW_NS else 0
         return self.clock()
 
     def clock(self) -> int:
@@ -116,8 +116,8 @@ class PostgresStore(BatchingStore):
                 function: Callable[..., tuple[list[Any], Transaction]], *args: Any
             ) -> tuple[list[Any], Transaction]:
                 results, tx = await connection.run_sync(function, *args)
-                known = tx.touched or tx.emitted or tx.due
-                driver.hint = self._hint(tx) if known else None
+                changed = tx.touched or tx.emitted or tx.due
+                driver.hint = self._hint(tx) if changed else None
                 return results, tx
 
             yield run

@@ -55,13 +55,13 @@ class PostgresUrl:
 def parse_postgres_url(url: str) -> PostgresUrl:
     """ValueError names an unknown parameter or one with a wrong value, and shows no value."""
     parts = urlsplit(url)
-    given = dict(parse_qsl(parts.query))
-    if not parts.netloc.rpartition("@")[2] and "host" not in given and "hostaddr" in given:
-        given["host"] = given.pop("hostaddr")
-    if given.get("ssl") == "true":  # libpq takes it for the sake of JDBC
-        given = {"sslmode": "require"} | given
-        del given["ssl"]
-    foreign = sorted(given.keys() - DRIVER - NUMBERS - IGNORED)
+    params = dict(parse_qsl(parts.query))
+    if not parts.netloc.rpartition("@")[2] and "host" not in params and "hostaddr" in params:
+        params["host"] = params.pop("hostaddr")
+    if params.get("ssl") == "true":  # libpq takes it for the sake of JDBC
+        params = {"sslmode": "require"} | params
+        del params["ssl"]
+    foreign = sorted(params.keys() - DRIVER - NUMBERS - IGNORED)
     if foreign:
         names = ", ".join(
             name if NAME.fullmatch(name) else "one with odd characters" for name in foreign
@@ -71,28 +71,28 @@ def parse_postgres_url(url: str) -> PostgresUrl:
             " setting of the server goes into options=-c%20NAME%3DVALUE"
         )
     for name, choices in CHOICES.items():
-        if given.get(name, choices[0]) not in choices:
+        if params.get(name, choices[0]) not in choices:
             raise ValueError(f"{name} should be one of {', '.join(choices)}")
-    for name in NUMBERS & given.keys():
-        if not re.fullmatch(r"-?[0-9]{1,9}", given[name]):
+    for name in NUMBERS & params.keys():
+        if not re.fullmatch(r"-?[0-9]{1,9}", params[name]):
             raise ValueError(f"{name} should be a whole number")
-    system_roots = given.get("sslrootcert") == "system"
+    system_roots = params.get("sslrootcert") == "system"
     if system_roots:
-        if given.get("sslmode", "verify-full") != "verify-full":
+        if params.get("sslmode", "verify-full") != "verify-full":
             raise ValueError("sslrootcert=system goes with sslmode=verify-full, as in libpq")
-        del given["sslrootcert"]
+        del params["sslrootcert"]
     return PostgresUrl(
-        tuple(_dsns(parts.netloc, parts.path, given)),
-        {name: int(given[name]) for name in NUMBERS & given.keys()},
-        {name: given[name] for name in FILES if name in given},
+        tuple(_dsns(parts.netloc, parts.path, params)),
+        {name: int(params[name]) for name in NUMBERS & params.keys()},
+        {name: params[name] for name in FILES if name in params},
         system_roots,
-        tuple(sorted(IGNORED & given.keys())),
+        tuple(sorted(IGNORED & params.keys())),
     )
 
 
-def _dsns(netloc: str, path: str, given: Mapping[str, str]) -> list[str]:
+def _dsns(netloc: str, path: str, params: Mapping[str, str]) -> list[str]:
     """One URL for each host. The hosts are in the address, or else in the parameter `host`."""
-    query = {name: value for name, value in given.items() if name in DRIVER}
+    query = {name: value for name, value in params.items() if name in DRIVER}
     user, at, hosts = netloc.rpartition("@")
     if hosts or "host" not in query:
         text = f"?{urlencode(query, safe='/')}" if query else ""

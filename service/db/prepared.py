@@ -110,8 +110,8 @@ class _Plan:
             if (process := types[name].dialect_impl(dialect).bind_processor(dialect))
         ]
         self._results = [
-            (place, process)
-            for place, column in enumerate(statement.exported_columns)
+            (index, process)
+            for index, column in enumerate(statement.exported_columns)
             if (process := column.type.dialect_impl(dialect).result_processor(dialect, None))
         ]
 
@@ -130,9 +130,9 @@ class _Plan:
         if not self._results:
             return rows
         read = [list(row) for row in rows]
-        for place, process in self._results:
+        for index, process in self._results:
             for row in read:
-                row[place] = process(row[place])
+                row[index] = process(row[index])
         return read
 
 

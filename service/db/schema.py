@@ -20,10 +20,10 @@ def config(connection: Connection | None = None) -> "Config":
     """Alembic's configuration, without an ini file."""
     from alembic.config import Config
 
-    made = Config()
-    made.set_main_option("script_location", str(MIGRATIONS))
-    made.attributes["connection"] = connection
-    return made
+    configuration = Config()
+    configuration.set_main_option("script_location", str(MIGRATIONS))
+    configuration.attributes["connection"] = connection
+    return configuration
 
 
 def revisions() -> list[str]:
@@ -53,11 +53,11 @@ def migrate(connection: Connection, *, allowed: bool) -> str:
     SchemaMismatch: the schema is newer, or old and a migration is not `allowed`.
     ConfigurationError: the tables are another program's.
     """
-    known, current = revisions(), revision(connection)
-    head = known[-1]
+    history, current = revisions(), revision(connection)
+    head = history[-1]
     if current == head:
         return head
-    if current is not None and current not in known:
+    if current is not None and current not in history:
         raise SchemaMismatch(
             f"the store's schema {current} is newer than this program's {head}: start a newer"
             " version of darkroom"

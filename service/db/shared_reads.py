@@ -39,11 +39,11 @@ class SharedReads(Generic[Row]):
         HOLDER.set("")  # the rows are those of many owners
         try:
             while self._waiting:
-                asked, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+                batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
                 rows: Mapping[str, Row] = {}
                 with suppress(Exception):
-                    rows = await self._store.look_up(self._query, [key for key, _ in asked])
-                for key, row in asked:
+                    rows = await self._store.look_up(self._query, [key for key, _ in batch])
+                for key, row in batch:
                     if not row.done():
                         row.set_result(rows.get(key))
         finally:
