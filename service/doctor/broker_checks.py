@@ -18,31 +18,31 @@ async def check_brokers(patient: Patient) -> dict[str, Finding]:
         sinks = open_sinks(patient.settings)
     except ConfigurationError as error:
         return {"brokers": fault(str(error), "correct DARKROOM_SINKS")}
-    found = {}
+    checks = {}
     for address, sink in zip(addresses, sinks, strict=True):
         try:
             await sink.open()
-            found[f"broker {sink.name}"] = await durability(address)
+            checks[f"broker {sink.name}"] = await durability(address)
         except Exception as error:  # noqa: BLE001 - each library has a tree of its own
             mend = "start the broker, or correct DARKROOM_SINKS: address, user, password"
-            found[f"broker {sink.name}"] = fault(f"the broker cannot be used: {told(error)}", mend)
+            checks[f"broker {sink.name}"] = fault(f"the broker cannot be used: {told(error)}", mend)
         finally:
             await sink.close()
-    return found | await lags(patient)
+    return checks | await lags(patient)
 
 
 async def lags(patient: Patient) -> dict[str, Finding]:
     """Brokers that lack events for more than a minute."""
-    store, wanted = patient.store, {each.name: each.types for each in patient.settings.sinks}
-    if isinstance(store, Finding) or not wanted:
+    store, types = patient.store, {each.name: each.types for each in patient.settings.sinks}
+    if isinstance(store, Finding) or not types:
         return {}
-    now, found = store.clock(), {}
-    for name, oldest in (await store.read(sinks_behind, wanted)).items():
+    now, checks = store.clock(), {}
+    for name, oldest in (await store.read(sinks_behind, types)).items():
         late = 0 if oldest is None else now - oldest
         key, mend = f"broker_lag {name}", "look for sink.failed in the log of the workers"
-        said = f"its oldest event that is not confirmed is {late / 1000:.0f} s old"
-        found[key] = fault(said, mend) if late > LATE_MS else ok("the broker is up to date")
-    return found
+        text = f"its oldest event that is not confirmed is {late / 1000:.0f} s old"
+        checks[key] = fault(text, mend) if late > LATE_MS else ok("the broker is up to date")
+    return checks
 
 
 async def durability(address: SinkAddress) -> Finding:
@@ -67,16 +67,16 @@ async def jetstream(address: SinkAddress) -> Finding:
     async with await nats.connect(servers, allow_reconnect=False, **login) as client:
         kept = (await client.jetstream().stream_info(address.target)).config
     if kept.storage == StorageType.MEMORY:
-        said = f"the stream {address.target} is kept in memory: a restart loses its events"
-        return fault(said, "make the stream anew with storage file")
+        text = f"the stream {address.target} is kept in memory: a restart loses its events"
+        return fault(text, "make the stream anew with storage file")
     if (kept.num_replicas or 1) >= 3:
         return ok(f"the stream {address.target} is on disk with {kept.num_replicas} replicas")
-    said = (
+    text = (
         f"the stream {address.target} has one copy, and the server does not tell a client whether"
         " it syncs before it confirms. By default it syncs every two minutes"
     )
     mend = "set jetstream { sync_interval: always } at the server, or use 3 replicas"
-    return warning(said, mend)
+    return warning(text, mend)
 
 
 async def persistence(address: SinkAddress) -> Finding:
@@ -95,12 +95,12 @@ async def persistence(address: SinkAddress) -> Finding:
         saves = await config_of(client, "save")
         syncs = await config_of(client, "appendfsync")
     if not aof and saves in (None, ""):
-        said = "this Redis keeps nothing on disk: a restart loses its events"
-        return fault(said, "set appendonly yes and appendfsync always")
+        text = "this Redis keeps nothing on disk: a restart loses its events"
+        return fault(text, "set appendonly yes and appendfsync always")
     if not aof or syncs in ("no", "everysec"):
         how = "snapshots alone" if not aof else f"appendfsync {syncs}"
-        said = f"this Redis syncs with {how}: a power cut loses the last events"
-        return warning(said, "set appendonly yes and appendfsync always")
+        text = f"this Redis syncs with {how}: a power cut loses the last events"
+        return warning(text, "set appendonly yes and appendfsync always")
     return ok("this Redis syncs what it confirms")
 
 

@@ -40,7 +40,7 @@ async def examine(patient: Patient, wrong: Collection[str] = ()) -> dict[str, Fi
     """The findings by name, in the order of the checks. `wrong`: settings that cannot be read."""
     checks = [check for check, settings in CHECKS.items() if not set(wrong) & set(settings)]
     results = await asyncio.gather(*(_run(check, patient) for check in checks))
-    return {name: finding for found in results for name, finding in found.items()}
+    return {name: finding for findings in results for name, finding in findings.items()}
 
 
 async def _run(check: Check, patient: Patient) -> dict[str, Finding]:
@@ -49,8 +49,8 @@ async def _run(check: Check, patient: Patient) -> dict[str, Finding]:
             return await check(patient)
     except Exception as error:  # noqa: BLE001 - a check must not hide other findings
         reason = "no answer in time" if isinstance(error, TimeoutError) else repr(error)[:200]
-        found = fault(f"the check failed: {reason}", "look at the log and at docs/doctor.md")
-        return {check.__name__.removeprefix("check_"): found}
+        finding = fault(f"the check failed: {reason}", "look at the log and at docs/doctor.md")
+        return {check.__name__.removeprefix("check_"): finding}
 
 
 def report(findings: Mapping[str, Finding]) -> JSON:

@@ -47,20 +47,20 @@ async def check_secrets(patient: Patient) -> dict[str, Finding]:
     if isinstance(patient.keyring, str):
         mend = "put the key back, or for a new store set one of 32 bytes: openssl rand -hex 32"
         return {"secrets": fault(patient.keyring, mend)}
-    given = settings.secret_key.get_secret_value() if settings.secret_key else ""
-    for part in given.split(","):
+    keys = settings.secret_key.get_secret_value() if settings.secret_key else ""
+    for part in keys.split(","):
         if (part := part.strip()) and (part[0] in QUOTES or part[-1] in QUOTES):
-            said = "DARKROOM_SECRET_KEY has quotes around a key, and they belong to the key"
+            text = "DARKROOM_SECRET_KEY has quotes around a key, and they belong to the key"
             mend = (
                 "if another process reads the key without quotes, remove them everywhere: append"
                 " the key without quotes, move it to the first place, drop the old one"
             )
-            return {"secrets": fault(said, mend)}
+            return {"secrets": fault(text, mend)}
     for name in ("evolink_api_key", "admin_key"):
         secret = getattr(settings, name)
         if secret and secret.get_secret_value()[0] in QUOTES:
-            said = f"{PREFIX}{name.upper()} has quotes around it, and they belong to it"
-            return {"secrets": fault(said, f"remove the quotes from {PREFIX}{name.upper()}")}
+            text = f"{PREFIX}{name.upper()} has quotes around it, and they belong to it"
+            return {"secrets": fault(text, f"remove the quotes from {PREFIX}{name.upper()}")}
     return {"secrets": ok("the secrets are long enough and have no quotes")}
 
 
@@ -68,6 +68,6 @@ async def check_open_files(_: Patient) -> dict[str, Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES:
         return {"open_files": ok(f"the process may open {soft} files")}
-    said = f"the process may open {soft} files, and a busy one needs {FILES} (hard limit {hard})"
+    text = f"the process may open {soft} files, and a busy one needs {FILES} (hard limit {hard})"
     mend = "raise the limit: LimitNOFILE=65536 of systemd, or ulimit -n 65536"
-    return {"open_files": fault(said, mend)}
+    return {"open_files": fault(text, mend)}

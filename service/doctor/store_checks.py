@@ -41,13 +41,13 @@ async def check_store(patient: Patient) -> dict[str, Finding]:
             current = await store.read(revision)
     except (StoreUnavailable, TimeoutError) as error:
         cause = error.__cause__ and getattr(error.__cause__, "orig", error.__cause__)
-        said = f"the store does not commit: {cause or told(error)}"
+        text = f"the store does not commit: {cause or told(error)}"
         mend = "look at the database's disk, its permissions and its server's log"
-        return {"store": fault(said.replace("\n", " ")[:300], mend)}
+        return {"store": fault(text.replace("\n", " ")[:300], mend)}
     head = revisions()[-1]
     if current != head:
-        said = f"the store's schema is {current}, and this program needs {head}"
-        return {"store": fault(said, MIGRATE)}
+        text = f"the store's schema is {current}, and this program needs {head}"
+        return {"store": fault(text, MIGRATE)}
     return {"store": ok(f"the store commits, and its schema is {head}")}
 
 
@@ -59,8 +59,8 @@ async def check_store_disk(patient: Patient) -> dict[str, Finding]:
     kind = await asyncio.to_thread(file_system, path.parent)
     if kind not in NETWORK:
         return {"store_disk": ok(f"the store is on {kind}")}
-    said = f"{path} is on a network file system ({kind}), where locks and syncs do not hold"
-    return {"store_disk": fault(said, "move DARKROOM_DATA_DIR to a local disk, or use PostgreSQL")}
+    text = f"{path} is on a network file system ({kind}), where locks and syncs do not hold"
+    return {"store_disk": fault(text, "move DARKROOM_DATA_DIR to a local disk, or use PostgreSQL")}
 
 
 async def check_images(patient: Patient) -> dict[str, Finding]:
@@ -90,12 +90,12 @@ async def room(blobs: Blobs, least: int) -> Finding:
     free = await blobs.free_bytes()
     if free is None:
         return ok("the image store takes files")
-    said = f"{free} bytes are free for images, and {least} must stay free"
+    text = f"{free} bytes are free for images, and {least} must stay free"
     if free < least:
-        return fault(said, "free space, or lower DARKROOM_MIN_FREE_BYTES: new submissions get 503")
+        return fault(text, "free space, or lower DARKROOM_MIN_FREE_BYTES: new submissions get 503")
     if free < 2 * least:
-        return warning(said, "free space soon, or set DARKROOM_IMAGE_RETENTION_DAYS")
-    return ok(said)
+        return warning(text, "free space soon, or set DARKROOM_IMAGE_RETENTION_DAYS")
+    return ok(text)
 
 
 async def public(patient: Patient, name: str, body: bytes) -> Finding:
@@ -131,16 +131,16 @@ async def check_endpoints(patient: Patient) -> dict[str, Finding]:
     store = patient.store
     if isinstance(store, Finding):
         return {}
-    found = {"endpoints": ok("no endpoint redirects")}
+    findings = {"endpoints": ok("no endpoint redirects")}
     redirecting = await store.read(redirects)
     if redirecting:
         named = ", ".join(f"{id} answered {status}" for id, status in redirecting[:ENDPOINTS])
         mend = "PATCH the url of the endpoint to where it redirects: deliveries follow no redirect"
-        found["endpoints"] = fault(f"endpoints redirect: {named}", mend)
+        findings["endpoints"] = fault(f"endpoints redirect: {named}", mend)
     if await store.read(host_refused):
         mend = "add the host that image.at_risk names to DARKROOM_EVOLINK_RESULT_HOSTS"
-        found["result_hosts"] = fault("results wait whose host is not allowed", mend)
-    return found
+        findings["result_hosts"] = fault("results wait whose host is not allowed", mend)
+    return findings
 
 
 def redirects(connection: Connection) -> list[tuple[str, int]]:

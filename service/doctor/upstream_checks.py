@@ -25,19 +25,19 @@ async def check_upstream(patient: Patient) -> dict[str, Finding]:
             return {"upstream_key": skipped("a process without workers needs no key")}
         missing = fault("the upstream's key is not set", f"set {KEY}")
         return {"upstream_key": missing, "upstream": skipped("asked only with a key")}
-    asked = time()
+    started = time()
     try:
         answer = await patient.upstream.passthrough("GET", CREDITS)
     except EgressError as error:
         mend = f"mend {ADDRESS}, DNS or the firewall"
         return {"upstream": fault(f"the upstream cannot be reached: {error}", mend)}
-    clock = {"upstream_clock": skew(answer, (asked + time()) / 2)}
+    clock = {"upstream_clock": skew(answer, (started + time()) / 2)}
     code = section_of(document_of(answer.body), "error").get("code")
     if answer.status == 402:
         return {"upstream": ok(CALL), "upstream_key": ok(TAKEN), "upstream_credits": EMPTY, **clock}
     if answer.status in (401, 403) and document_of(answer.body) is not None:
-        said = f"the upstream refuses the key: {answer.status} {code or ''}".strip()
-        refused = fault(said, f"put the account's key in {KEY}, and restart")
+        text = f"the upstream refuses the key: {answer.status} {code or ''}".strip()
+        refused = fault(text, f"put the account's key in {KEY}, and restart")
         return {"upstream": ok(CALL), "upstream_key": refused, **clock}
     if not is_document(answer):
         return {"upstream": not_the_api(answer)}
@@ -59,10 +59,10 @@ def not_the_api(answer: Response) -> Finding:
         mend = f"set {ADDRESS} to the upstream's API itself, which does not redirect"
         return fault(f"the upstream's address redirects to {to[:200]}", mend)
     if answer.status >= 500 or answer.status == 429:
-        said = f"the upstream answers {answer.status} for now"
-        return warning(said, "wait, and look at the upstream's status page")
-    said = f"what answers {answer.status} is not the upstream's API"
-    return fault(said, f"set {ADDRESS} to the upstream's API, such as https://api.evolink.ai")
+        text = f"the upstream answers {answer.status} for now"
+        return warning(text, "wait, and look at the upstream's status page")
+    text = f"what answers {answer.status} is not the upstream's API"
+    return fault(text, f"set {ADDRESS} to the upstream's API, such as https://api.evolink.ai")
 
 
 def credits_left(body: bytes) -> Finding:
@@ -81,8 +81,8 @@ def skew(answer: Response, now: float) -> Finding:
     if abs(away) <= SKEW_S:
         return ok(f"the clock is within {SKEW_S:g} s of the upstream's")
     which = "ahead of" if away > 0 else "behind"
-    said = f"the clock is {abs(away):.0f} s {which} the upstream's"
-    return fault(said, "set the clock by NTP: timedatectl set-ntp true")
+    text = f"the clock is {abs(away):.0f} s {which} the upstream's"
+    return fault(text, "set the clock by NTP: timedatectl set-ntp true")
 
 
 async def check_callbacks(patient: Patient) -> dict[str, Finding]:
