@@ -21,7 +21,7 @@ Action = Callable[["BatchingStore", "Keyring", JSON], Coroutine[Any, Any, JSON]]
 
 
 def administer(
-    request: Callable[[ApiClient], JSON], action: Action, asked: JSON
+    request: Callable[[ApiClient], JSON], action: Action, fields: JSON
 ) -> tuple[JSON, Place | str]:
     """Sends `request` to the service that the command line names, or that a variable names with a
     key for it. Otherwise runs `action` in the store here. Returns where that was, too.
@@ -45,9 +45,9 @@ def administer(
     settings = load_settings()
     if settings.sqlite_path is None:
         through = at.api_key and not choice.local
-        return (request(client), at) if through else in_store(settings, action, asked)
+        return (request(client), at) if through else in_store(settings, action, fields)
     if is_unserved(settings):
-        return in_store(settings, action, asked)
+        return in_store(settings, action, fields)
     if not keyed:
         raise CommandFailed(
             f"a process serves this store: {settings.sqlite_path}; set DARKROOM_API_KEY or"
@@ -73,7 +73,7 @@ def is_unserved(settings: "Settings") -> bool:
         return alone
 
 
-def in_store(settings: "Settings", action: Action, asked: JSON) -> tuple[JSON, str]:
+def in_store(settings: "Settings", action: Action, fields: JSON) -> tuple[JSON, str]:
     """Runs an action in the store. Log lines go to standard error, beside the command's output."""
     import asyncio
 
@@ -84,7 +84,7 @@ def in_store(settings: "Settings", action: Action, asked: JSON) -> tuple[JSON, s
 
     async def run() -> JSON:
         async with open_store_and_keys(settings) as (store, keyring):
-            return await action(store, keyring, asked)
+            return await action(store, keyring, fields)
 
     try:
         document = asyncio.run(run())
@@ -111,13 +111,13 @@ def acting(store: "BatchingStore") -> Callable[[str, str, JSON | None], "Write"]
     return write
 
 
-async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
+async def create(store: "BatchingStore", keyring: "Keyring", fields: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
     from service.web.key_schemas import NewKey
     from service.web.routes.key_routes import create_key
 
-    return await create_key(store, keyring, wall_clock(), validated(NewKey, asked), acting(store))
+    return await create_key(store, keyring, wall_clock(), validated(NewKey, fields), acting(store))
 
 
 async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:
@@ -127,21 +127,21 @@ async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:
     return {"data": [shown(row) for row in await store.read(key_list)]}
 
 
-async def revoke(store: "BatchingStore", _: "Keyring", asked: JSON) -> JSON:
+async def revoke(store: "BatchingStore", _: "Keyring", fields: JSON) -> JSON:
     from service.tasks.owner_keys import revoke_keys
 
-    if not await acting(store)("key.revoke", asked["id"], None)(revoke_keys, asked["id"]):
+    if not await acting(store)("key.revoke", fields["id"], None)(revoke_keys, fields["id"]):
         raise CommandFailed("key_not_found: no key has that id")
     return {}
 
 
-async def rotate_secret(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
+async def rotate_secret(store: "BatchingStore", keyring: "Keyring", fields: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
     from service.web.key_schemas import SecretRotation
     from service.web.routes.key_routes import rotate_callback_secret
 
-    body = validated(SecretRotation, asked)
+    body = validated(SecretRotation, fields)
     owner = body.owner or "admin"
     now = wall_clock()
     return await rotate_callback_secret(store, keyring, now, owner, body.overlap_s, acting(store))

@@ -21,15 +21,15 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check the set-up, and say how to mend what is wrong. Exits with 1 if there is a fault."""
-    found = examined_here() if local else asked()
+    report = examined_here() if local else asked()
     if as_json:
-        put_json(found)
+        put_json(report)
     else:
-        for check in found["checks"]:
+        for check in report["checks"]:
             mend = f" → {check['mend']}" if check["mend"] else ""
             put(f"{MARKS[check['state']]}  {check['name']}: {plain(check['finding'] + mend)}")
-    if found["status"] == "fault":
-        faults = [check["name"] for check in found["checks"] if check["state"] == "fault"]
+    if report["status"] == "fault":
+        faults = [check["name"] for check in report["checks"] if check["state"] == "fault"]
         number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise CommandFailed(f"{number}: {', '.join(faults)}")
 
@@ -51,12 +51,12 @@ def examined_here() -> JSON:
     from service.ops import logging
 
     logging.configure("console", "critical", sys.stderr)
-    settings, found = settings_that_work()
+    settings, checks = settings_that_work()
 
     async def findings() -> "dict[str, Finding]":
         if settings is None:
             return {}
         async with local(settings) as patient:
-            return await examine(patient, [name.removeprefix("setting ") for name in found])
+            return await examine(patient, [name.removeprefix("setting ") for name in checks])
 
-    return report(found | asyncio.run(findings()))
+    return report(checks | asyncio.run(findings()))

@@ -62,10 +62,10 @@ def events(
     query = {"type": ",".join(types or []) or None, "task": task, "limit": EVENTS_PAGE}
     if follow:
         query["wait"] = WAIT_S
-    for found in event_pages(api_client(), query, after, lambda last: follow and last != after):
-        for event in found:
+    for page in event_pages(api_client(), query, after, lambda last: follow and last != after):
+        for event in page:
             put_json(event)
-        if not follow and len(found) < EVENTS_PAGE:
+        if not follow and len(page) < EVENTS_PAGE:
             return
 
 
@@ -91,8 +91,8 @@ def listen(
         last = client.call("GET", "/v1/events", params={"task": NO_TASK})["next_after"]
     started = {"url": url, "secret": secret, "after": last}
     put_result(started, as_json, f"forwarding to {url}, signed with {secret}")
-    for found in event_pages(client, {**query, "wait": WAIT_S}, last):
-        for event in found:
+    for page in event_pages(client, {**query, "wait": WAIT_S}, last):
+        for event in page:
             forward(url, secret, event, as_json)
 
 
@@ -134,7 +134,7 @@ def forward(url: str, secret: str, event: JSON, as_json: bool) -> None:
     except EgressError as failure:
         error = str(failure)
     milliseconds = round((time.monotonic() - started) * 1000)
-    said = {name: event[name] for name in ("sequence", "id", "type")}
-    said |= {"status": status, "error": error, "duration_ms": milliseconds}
+    fields = {name: event[name] for name in ("sequence", "id", "type")}
+    fields |= {"status": status, "error": error, "duration_ms": milliseconds}
     line = f"{event['id']}  {event['type']}  {status or error}  {milliseconds} ms"
-    put_result(said, as_json, line)
+    put_result(fields, as_json, line)

@@ -48,11 +48,11 @@ def selectable(command: Callable[..., None]) -> Callable[..., None]:
     the program takes the other one before the command's name.
     """
     own = inspect.signature(command).parameters
-    taken = "url" in own and any(
+    has_url = "url" in own and any(
         isinstance(each, OptionInfo) for each in get_args(own["url"].annotation)
     )
     more = [inspect.Parameter("at_local", KEYWORD, annotation=Local, default=False)]
-    if not taken:
+    if not has_url:
         more.insert(0, inspect.Parameter("at_url", KEYWORD, annotation=Url, default=None))
 
     def run(**given: Any) -> None:

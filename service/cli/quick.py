@@ -25,8 +25,8 @@ def command_of(program: typer.Typer, words: Sequence[str]) -> Any:
         if first == (info.name or getattr(info.callback, "__name__", ""))
     ]
     part.registered_groups = [info for info in program.registered_groups if info.name == first]
-    found = part.registered_commands or part.registered_groups
-    command = typer.main.get_command(part if found else program)
+    matches = part.registered_commands or part.registered_groups
+    command = typer.main.get_command(part if matches else program)
     make_quick(command)
     return command
 

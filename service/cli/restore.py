@@ -143,7 +143,7 @@ def existing_files(settings: "Settings", path: Path) -> list[Path]:
 
 
 @contextmanager
-def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]:
+def staging(parent: Path, name: str, store: Path | None = None) -> Iterator[Path]:
     """An empty folder beside the final place, on the same file system. It is removed at the end.
 
     The folder beside a `store` has a second purpose. It stays if the restoration of an existing
@@ -152,7 +152,7 @@ def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]
     """
     from service.db.integrity import RESTORING
 
-    folder = place / (RESTORING + name)
+    folder = parent / (RESTORING + name)
     awaited = store is not None and (store.exists() or folder.exists())
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     clear(folder)
@@ -163,11 +163,11 @@ def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_files(folder: Path, manifest: "Manifest", places: dict[str, Path]) -> None:
+def copy_files(folder: Path, manifest: "Manifest", folders: dict[str, Path]) -> None:
     """Copies the files of the manifest and checks their checksums."""
     for name, file in manifest.files.items():
-        (places[name] / name).touch(0o600)
-        if summed(folder / name, places[name] / name) != (file.bytes, file.sha256):
+        (folders[name] / name).touch(0o600)
+        if summed(folder / name, folders[name] / name) != (file.bytes, file.sha256):
             raise CommandFailed(f"{folder / name} is not what the backup's manifest says")
 
 

@@ -123,8 +123,8 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
         with stopping() as stop:
             async with listening(Server(app, bound, stop_s=1), stop):
                 settings = needed_settings(options, reached)
-                told = {"address": address, "settings": settings}
-                put_result(told, as_json, *sandbox_words(address, settings))
+                fields = {"address": address, "settings": settings}
+                put_result(fields, as_json, *sandbox_words(address, settings))
                 await stop.wait()
 
     uvloop.run(until_stopped())

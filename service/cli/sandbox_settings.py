@@ -24,7 +24,7 @@ def needed_settings(options: "SandboxOptions", address: str) -> dict[str, str]:
         with suppress(ValueError):  # a name
             if not ip_address(host).is_loopback:
                 networks.append(host)
-    made = {
+    settings = {
         "DARKROOM_EVOLINK_BASE_URL": address,
         "DARKROOM_EVOLINK_API_KEY": options.api_key or KEY,
         "DARKROOM_EVOLINK_RESULT_HOSTS": results,
@@ -32,8 +32,8 @@ def needed_settings(options: "SandboxOptions", address: str) -> dict[str, str]:
         "DARKROOM_DATA_DIR": "./data/sandbox",  # no real task is ever queried at a sandbox
     }
     if any(ip_address(LOOPBACK) in network for network in options.networks):
-        made["DARKROOM_CALLBACK_URL"] = SERVICE
-    return made
+        settings["DARKROOM_CALLBACK_URL"] = SERVICE
+    return settings
 
 
 def sandbox_words(address: str, settings: dict[str, str]) -> list[str]:

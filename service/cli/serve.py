@@ -174,8 +174,8 @@ def migrate(as_json: Json = False) -> None:
             return await store.read(revision)
 
     schema = asyncio.run(migrated())
-    place = settings.sqlite_path or "the store on PostgreSQL"
-    put_result({"schema": schema}, as_json, f"{place} has the schema {schema}")
+    name = settings.sqlite_path or "the store on PostgreSQL"
+    put_result({"schema": schema}, as_json, f"{name} has the schema {schema}")
 
 
 def openapi(as_json: Json = False) -> None:

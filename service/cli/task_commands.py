@@ -106,8 +106,8 @@ def estimated(client: ApiClient, order: JSON) -> str | None:
         cost = client.call("POST", "/v1/estimates", body=order)
     except (CommandFailed, EgressError):
         return None
-    known = "unknown" if cost["credits"] is None else f"{cost['credits']} {cost['unit']}"
-    remark(text := f"estimate: {known}")
+    amount = "unknown" if cost["credits"] is None else f"{cost['credits']} {cost['unit']}"
+    remark(text := f"estimate: {amount}")
     return text
 
 
@@ -199,12 +199,12 @@ def held(client: ApiClient, task: JSON) -> str | None:
 def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
     """Shows progress, and why a task is held. Without a terminal only the latter, once."""
     if not sys.stderr.isatty():
-        said: set[str] = set()
+        reasons: set[str] = set()
 
-        def say(task: JSON, held: str | None) -> None:
-            if held and held not in said:
-                said.add(held)
-                sys.stderr.write(f"{task['id']} {plain(held)}\n")
+        def say(task: JSON, reason: str | None) -> None:
+            if reason and reason not in reasons:
+                reasons.add(reason)
+                sys.stderr.write(f"{task['id']} {plain(reason)}\n")
 
         yield say
         return
@@ -215,18 +215,18 @@ def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
         line = display.add_task(f"{task['id']} {task['state']}", total=None)
 
-        def show(task: JSON, held: str | None) -> None:
-            display.update(line, description=f"{task['id']} {standing(task, held)}")
+        def show(task: JSON, reason: str | None) -> None:
+            display.update(line, description=f"{task['id']} {standing(task, reason)}")
 
         yield show
 
 
-def standing(task: JSON, held: str | None) -> str:
+def standing(task: JSON, reason: str | None) -> str:
     """State, progress, the upstream's estimate, and why the task is held."""
     parts = [f"{task['state']} {task['progress']} %"]
     if estimate := task["task_info"]["estimated_time"]:
         parts.append(f"estimate {estimate} s")
-    return ", ".join([*parts, plain(held)] if held else parts)
+    return ", ".join([*parts, plain(reason)] if reason else parts)
 
 
 def save(client: ApiClient, image: JSON, task_id: str, folder: Path) -> Path:
