@@ -146,6 +146,7 @@ $(VENV)/.peers: $(PEERS)/requirements.lock | $(VENV)/.run
 	@$(PYTHON) -m venv --clear $(VENV)/peers
 	@$(VENV)/peers/bin/python -m pip --disable-pip-version-check --quiet \
 	  install --no-deps --require-hashes -r $<
+	@$(VENV)/peers/bin/python -m pip check
 	@touch $@
 
 $(VENV)/.pictures: requirements.lock $(VENV)/.run

@@ -174,6 +174,7 @@ def requests(last: int) -> dict[str, str]:
         ("list of files", "/v1/files?"),
         ("list of budgets", "/v1/budgets?"),
         ("list of keys", "/v1/keys?"),
+        ("audit", "/v1/audit?"),
     )
     plain = {
         "task": f"/v1/tasks/{task}",
@@ -181,7 +182,10 @@ def requests(last: int) -> dict[str, str]:
         "timeline": f"/v1/tasks/{task}/timeline",
         "callbacks": f"/v1/tasks/{task}/callbacks",
         "delivery": f"/v1/deliveries/{name_of('dlv', last - 1)}",
+        "endpoint": f"/v1/endpoints/{ENDPOINT}",
         "health of an endpoint": f"/v1/endpoints/{ENDPOINT}/health",
+        "files as the upstream lists them": "/api/v1/files/list",
+        "quota of files": "/api/v1/files/quota",
         "readiness": "/readyz",
         "metrics": "/metrics",
     }

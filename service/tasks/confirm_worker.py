@@ -1,7 +1,7 @@
 """The worker that confirms tasks: it queries the upstream and records the outcome once.
 
 A callback and a silent task take the same way: both make the task due for a query. With
-`EVOLINK_CONFIRM=never` the first callback's word replaces the query.
+`DARKROOM_EVOLINK_CONFIRM=never` the first callback's word replaces the query.
 """
 
 import math

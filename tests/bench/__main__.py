@@ -15,9 +15,9 @@ from tests.bench.program import run
 
 def tables(folder: Path, rounds: int, quick: bool) -> str:
     scale = QUICK if quick else replace(FULL, rounds=rounds)
-    warm_up, seconds = (0, 1) if quick else (3, 90)
+    warm_up, seconds = (0, 1) if quick else (3, 30)
     acknowledged = acknowledgement(folder, scale)
-    return f"{acknowledged}\n\n{delivery(folder / 'delivery', 10, warm_up, seconds)}"
+    return f"{acknowledged}\n\n{delivery(folder / 'delivery', 10, warm_up, seconds, rounds)}"
 
 
 if __name__ == "__main__":

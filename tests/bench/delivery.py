@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from tests.bench.load import percentile
 from tests.bench.processes import MEASURED, MEASURING, pinned, server
+from tests.bench.program import markdown, spread
 from tests.processes import ADMIN_KEY, service_settings
 from tests.world import answering
 
@@ -115,8 +116,39 @@ async def run(
     return figures
 
 
-def delivery(folder: Path, rate: float, warm_up: float, seconds: float) -> str:
-    """The table, in Markdown. Times are in seconds."""
+def delivery(folder: Path, rate: float, warm_up: float, seconds: float, rounds: int) -> str:
+    """The table, in Markdown. Times are in seconds. Each round has a service of its own."""
+    folder.mkdir()
+    counts = round(rate * warm_up), round(rate * seconds)
+    made = [once(folder / str(number), rate, *counts) for number in range(rounds)]
+    head = [
+        f"{rate:g} tasks a second for {seconds:g} s, in turns",
+        "from the callback to the event's arrival, p50 ms",
+        "p99 ms",
+        "of it the upstream's own, p50 ms",
+        "p99 ms",
+        "beyond it, p50 ms",
+        "p99 ms",
+    ]
+    rows = []
+    for kind in KINDS:
+        columns = zip(*(percentiles(figures[kind]) for figures in made), strict=True)
+        rows.append([kind, *(spread([value * 1000 for value in each], ".1f") for each in columns)])
+    return markdown(head, rows)
+
+
+def percentiles(tasks: Sequence[tuple[float, float]]) -> list[float]:
+    """p50 and p99 of the whole time, of the upstream's part, and of the rest."""
+    columns = (
+        [whole for whole, _ in tasks],
+        [theirs for _, theirs in tasks],
+        [whole - theirs for whole, theirs in tasks],
+    )
+    return [percentile(values, share) for values in columns for share in (0.5, 0.99)]
+
+
+def once(folder: Path, rate: float, first: int, count: int) -> dict[str, list[tuple[float, float]]]:
+    """One round: what `run` returns, of a new upstream and a new service."""
     folder.mkdir()
     with server("tests.bench.servers", "sandbox", folder=folder, cores=MEASURING) as upstream:
         settings = service_settings(upstream, folder)
@@ -124,22 +156,4 @@ def delivery(folder: Path, rate: float, warm_up: float, seconds: float) -> str:
             server("service", "serve", folder=folder, cores=MEASURED, **settings) as service,
             pinned(MEASURING),
         ):
-            counts = round(rate * warm_up), round(rate * seconds)
-            figures = asyncio.run(run(upstream, service, rate, *counts))
-    head = (
-        f"| {rate:g} tasks a second for {seconds:g} s, in turns | from the callback to the event's"
-        " arrival, p50 ms | p99 ms | of it the upstream's own, p50 ms | p99 ms | beyond it, p50 ms"
-        " | p99 ms |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for kind, tasks in figures.items():
-        columns = (
-            [whole for whole, _ in tasks],
-            [theirs for _, theirs in tasks],
-            [whole - theirs for whole, theirs in tasks],
-        )
-        cells = (
-            f"{percentile(values, share) * 1000:.1f}" for values in columns for share in (0.5, 0.99)
-        )
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            return asyncio.run(run(upstream, service, rate, first, count))

@@ -14,6 +14,7 @@ import asyncpg
 from sqlalchemy import Engine, event
 
 from service.app import Role
+from tests.api import ASYNC, SUBMIT, got, order
 from tests.growth import fill, requests
 from tests.world import World, world
 
@@ -55,10 +56,20 @@ async def read_all(here: World, count: int) -> None:
         assert answer.status_code == 200, (name, answer.text)
 
 
+async def change(here: World) -> None:
+    """A submission, its callback and its cancel."""
+    body = order(metadata={"shop": "one"})
+    task = got(await here.client.post(SUBMIT, json=body, headers=ASYNC))
+    answer = await here.stranger.post(here.callback_url(task["id"]), content=b"{}")
+    assert answer.status_code == 200, answer.text
+    got(await here.client.post(f"/v1/tasks/{task['id']}/cancel"))
+
+
 async def statements_of(here: World, count: int) -> dict[str, Any]:
     """The distinct statements of all requests, with the parameters of one of them."""
     with sent() as statements:
         await read_all(here, count)
+        await change(here)
     return {text: parameters for text, parameters in statements if "SELECT" in text}
 
 
