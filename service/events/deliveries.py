@@ -93,9 +93,10 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     next lease decides about the delivery.
     """
     locked = _lock_deliveries(tx.connection, items)
-    rows, ids = {row["id"]: row for row in locked}, {row["known_attempt"] for row in locked}
+    rows = {row["id"]: row for row in locked}
+    recorded = {row["known_attempt"] for row in locked}
     pairs = [(rows[item.lease.key], item.attempt) for item in items if item.lease.key in rows]
-    _insert_attempts(tx, [(row, each) for row, each in pairs if each and each.id not in ids])
+    _insert_attempts(tx, [(row, each) for row, each in pairs if each and each.id not in recorded])
     # A success changes no endpoint that did not fail before, nor in this batch.
     failed = {each.lease.key for each in items if each.attempt and each.result != "delivered"}
     uncalm = {row["endpoint_id"] for row in locked if row["failing_since"] or row["id"] in failed}

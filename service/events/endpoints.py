@@ -211,8 +211,8 @@ def change_endpoints(tx: Transaction, item: EndpointChange) -> bool:
     if status == "enabled" or item.url not in (None, row.url):  # failures of the old URL
         values |= {"failing_since": None, "paused_until": None}
     if status == "enabled":
-        paused = _pending(item.id).where(deliveries.c.due_at.is_(None))
-        tx.connection.execute(paused.values(due_at=tx.now))
+        waiting = _pending(item.id).where(deliveries.c.due_at.is_(None))
+        tx.connection.execute(waiting.values(due_at=tx.now))
     if status == "disabled":
         values |= {"disabled_at": tx.now, "disabled_reason": "by its owner"}
         end_pending_deliveries(tx, item.id)

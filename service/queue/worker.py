@@ -36,7 +36,7 @@ ALONE_S = 15.0  # a poison candidate waits so long for other jobs, and then runs
 class WorkerPool:
     """`Workers` for a store.
 
-    `tell` gets each committed transaction. `turn` waits until a job may start.
+    `after_commit` gets each committed transaction. `turn` waits until a job may start.
     """
 
     def __init__(

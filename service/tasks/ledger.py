@@ -43,7 +43,8 @@ class Cost(NamedTuple):
     """All of a task that `missing` depends on, beside the entries. While it stays, no entry is
     missing.
 
-    `closed`: the upstream is not queried any more. `reserved`: or else the estimate.
+    `closed`: the upstream is not queried any more. `reserved`: the reservation, or else the
+    estimate.
     """
 
     closed: bool

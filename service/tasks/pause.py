@@ -120,10 +120,11 @@ def release_held(tx: Transaction, limit: int, *where: Any) -> int:
     A held row has no lease, but names a process in `submit_lease_owner`.
     """
     due, lease, owner = (tasks.c[f"submit_{x}"] for x in ("due_at", "lease_until", "lease_owner"))
-    ids = select(tasks.c.id).where(due > tx.now, lease.is_(None), *where)
-    ids = ids.order_by(tasks.c.submit_turn).limit(limit).with_for_update(skip_locked=True)
+    statement = select(tasks.c.id).where(due > tx.now, lease.is_(None), *where)
+    statement = statement.order_by(tasks.c.submit_turn).limit(limit)
+    statement = statement.with_for_update(skip_locked=True)
     # Materialized: a plan that ran the subquery for each row would take more than the limit.
-    chosen = ids.cte("held").prefix_with("MATERIALIZED")
+    chosen = statement.cte("held").prefix_with("MATERIALIZED")
     resumed = update(tasks).where(tasks.c.id.in_(select(chosen.c.id)))
     resumed = resumed.values({due: tx.now, owner: None})
     count = len(tx.connection.execute(resumed.returning(tasks.c.id)).all())

@@ -109,8 +109,10 @@ def finish_at_once(
     tx: Transaction, row: TaskRow, report: Report, lease: Lease, result_ttl_ms: int
 ) -> None:
     """Records a completed report that was the answer to the submission. It has no id, so nothing
-    can be asked again.
+    can be asked again. An outcome that a query has settled stands.
     """
+    if row.settled_digest is not None:
+        return
     submitted(tx, row, None, "answer", report)
     item = Settlement(lease, report, row.settle_requests, 0, result_ttl_ms)
     if row.terminal:

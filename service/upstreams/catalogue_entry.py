@@ -101,22 +101,22 @@ class ModelEntry(CataloguePart):
     def sourced(self, otherwise: str) -> "ModelEntry":
         """The entry with a source in each part."""
         source = {"source": self.source or otherwise}
-        parts: JSON = {
+        changes: JSON = {
             "fields": {
                 name: rule if rule.source else rule.model_copy(update=source)
                 for name, rule in self.fields.items()
             }
         }
         if self.price is not None and not self.price.source:
-            parts["price"] = self.price.model_copy(update=source)
-        return self.model_copy(update=parts)
+            changes["price"] = self.price.model_copy(update=source)
+        return self.model_copy(update=changes)
 
     def over(self, below: "ModelEntry", otherwise: str) -> "ModelEntry":
         """The entry on top of another: a part that it does not give is the other's."""
-        parts = {name: getattr(self, name) for name in self.model_fields_set}
-        parts["fields"] = below.fields | self.fields
-        parts["source"] = self.source or below.source or otherwise
-        return below.model_copy(update=parts)
+        changes = {name: getattr(self, name) for name in self.model_fields_set}
+        changes["fields"] = below.fields | self.fields
+        changes["source"] = self.source or below.source or otherwise
+        return below.model_copy(update=changes)
 
     def fields_alone(self) -> "ModelEntry":
         return ModelEntry(edits=self.edits, fields=self.fields)

@@ -47,7 +47,7 @@ class Shares:
         return of_key and has_share(self.held[holder,], self.total - self.taken)
 
     def take(self, holder: str, key: str = "") -> "Share":
-        """Raises ApiError: 429 if the holder or the key has its share, 503 if no place is left."""
+        """Raises ApiError: 429 if the holder or the key has its share, 503 if no slot is left."""
         if not self.left(holder, key):
             had = self.held[holder,]
             if self.taken < self.total or self.held[holder, key] == self.each:
@@ -69,7 +69,7 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One place of a holder, until the end of the block."""
+    """One slot of a holder, until the end of the block."""
 
     shares: Shares
     holder: str

@@ -112,18 +112,23 @@ class AcceptLoop:
     The loop's own server accepts one per turn. The callbacks of a burst would then be committed one
     by one, and the kernel would drop connections beyond its backlog (docs/decisions/0034). At the
     limit of descriptors, further connections wait in the kernel, and slow ones end for them.
-    `count` counts open connections, `end_slow` ends some.
+    `open_count` counts open connections, `end_slow` ends some.
     """
 
     def __init__(
         self,
         bound: socket.socket,
         make: Callable[[], asyncio.Protocol],
-        count: Callable[[], int],
+        open_count: Callable[[], int],
         end_slow: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._bound, self._make, self._count, self._end_slow = bound, make, count, end_slow
+        self._bound, self._make, self._open_count, self._end_slow = (
+            bound,
+            make,
+            open_count,
+            end_slow,
+        )
         self._opening = set[asyncio.Task[None]]()
         self._retry: asyncio.TimerHandle | None = None
         self._listen()
@@ -152,7 +157,7 @@ class AcceptLoop:
 
     def _accept(self) -> int:
         """The number of connections."""
-        room = max_connections() - self._count() - len(self._opening)
+        room = max_connections() - self._open_count() - len(self._opening)
         if room <= 0:  # and a connection waits
             self._end_slow()
         for count in range(min(ACCEPT_PER_TURN, room)):

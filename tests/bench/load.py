@@ -9,6 +9,7 @@ answer ends, that it is 200 and that it contains GOOD, so that the figures are t
 
 import asyncio
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,7 +94,7 @@ class Connection(asyncio.Protocol):
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The nearest rank's value."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 async def load(

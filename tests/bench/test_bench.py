@@ -139,7 +139,7 @@ def test_the_table_of_processes_has_a_row_for_each_number() -> None:
     made = Result(rate=20, cpu=0.03, server_cpu=0.005, waits=[0.02, 0.04])
     table = scaling.table({count: [made] for count in scaling.PROCESSES}, Scale(10, 2))
     assert table.splitlines()[2:] == [
-        f"| {count} | 20 | 30.0 | 5.0 | 40 | 40 |" for count in (1, 2, 4)
+        f"| {count} | 20 | 30.0 | 5.0 | 20 | 40 |" for count in (1, 2, 4)
     ]
 
 

@@ -3,6 +3,7 @@
 """
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -439,6 +440,18 @@ async def test_a_response_with_results_is_recorded_once(subject: Subject) -> Non
     assert await subject.submission(lease, finished) is State.COMPLETED
     assert len(await subject.images(lease.key)) == 1
     assert await subject.types(lease.key) == ["image.task.submitted", "image.task.completed"]
+
+
+async def test_results_in_a_late_response_change_no_settled_task(subject: Subject) -> None:
+    """A callback proved the task meanwhile, and a query settled it with one image."""
+    lease = await subject.submitting()
+    await subject.callback(lease.key, completed(lease.key, "https://r.test/0"))
+    await subject.settle(lease.key, completed(lease.key, "https://r.test/0"))
+    rows = await subject.images(lease.key)
+    others = completed(lease.key, "https://r.test/1", "https://r.test/2")
+    late = SubmissionResult(lease, Finished(replace(others, upstream_id=None)))
+    assert await subject.submission(lease, late) is State.STORING
+    assert await subject.images(lease.key) == rows
 
 
 async def test_results_in_a_response_after_a_cancel_are_not_kept(subject: Subject) -> None:

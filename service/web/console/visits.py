@@ -79,7 +79,7 @@ class Visit:
             raise ApiError(404, "not_found", "nothing has that id")
         params = {name: value for name, value in (query or {}).items() if value not in (None, "")}
         content = b"" if body is None else json.dumps(body).encode()
-        fields = {
+        sent = {
             "host": outer.headers.get("host", ""),
             "content-type": "application/json",
             "content-length": str(len(content)),
@@ -91,7 +91,7 @@ class Visit:
             "path": spec.path.format(**path),
             "raw_path": quote(spec.path.format(**path)).encode(),
             "query_string": urlencode(params, doseq=True).encode(),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
+            "headers": [(name.lower().encode(), value.encode()) for name, value in sent.items()],
             "path_params": path,
             "state": {**outer.scope["state"], "caller": self.caller, "scopes": spec.scopes},
         }

@@ -141,16 +141,16 @@ def inline(entry: object) -> bool:
 
 async def find_task(request: Request) -> Found | None:
     store, task_id = resources_of(request).store, request.path_params["task_id"]
-    item = await store.look_up(task_queries.task, task_id, caller_of(request).sees)
-    if item is not None:
-        bind_contextvars(task_id=item[0].id)
-    return item
+    pair = await store.look_up(task_queries.task, task_id, caller_of(request).sees)
+    if pair is not None:
+        bind_contextvars(task_id=pair[0].id)
+    return pair
 
 
 async def known_task(request: Request) -> Found:
-    if (item := await find_task(request)) is None:
+    if (pair := await find_task(request)) is None:
         raise upstream_routes.unknown_task()
-    return item
+    return pair
 
 
 async def task(request: Request) -> Response:

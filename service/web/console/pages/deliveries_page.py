@@ -127,10 +127,12 @@ async def ask_replay(visit: Visit) -> Response:
 async def start_replay(visit: Visit) -> Response:
     choice = choice_of({name: visit.form.get(name) for name in CHOICE})
     try:
-        row = await visit.call("POST /v1/replays", body={"filter": choice})
+        started = await visit.call("POST /v1/replays", body={"filter": choice})
     except ApiError as error:
         return visit.redirect(link(LIST, choice), str(error), "bad")
-    return visit.redirect(f"{REPLAY}/{row['id']}", f"{row['count']} deliveries are sent again.")
+    return visit.redirect(
+        f"{REPLAY}/{started['id']}", f"{started['count']} deliveries are sent again."
+    )
 
 
 async def replay(visit: Visit) -> Response:
