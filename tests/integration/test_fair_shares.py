@@ -253,8 +253,8 @@ async def test_reads_of_one_owner_leave_a_reader_to_others(
         await submitted(greedy)
         release = blocking(name)
         asked = [asyncio.create_task(greedy.get(paths[n % len(paths)])) for n in range(20)]
-        places = store_of(still)._places
-        await wait_until(lambda: places._used[name] == sqlite.READERS - 1)
+        slots = store_of(still)._read_slots
+        await wait_until(lambda: slots._used[name] == sqlite.READERS - 1)
         async with asyncio.timeout(20):
             for each in LISTS[:-1]:
                 got(await other.get(each))
