@@ -872,7 +872,11 @@ def test_an_empty_text_clears_an_option_of_an_endpoint(run: Run, client: Mapping
     for name, (option, _, _, cleared) in CLEARED.items():
         patched = run("endpoints", "patch", made["id"], option, "", "--json", **client).json
         wanted[name] = cleared
-        assert patched == {each: wanted[each] for each in patched}, option
+        # Events of other tests' tasks may fail to arrive meanwhile.
+        same = patched.keys() - {"failing_since", "success_rate"}
+        assert {each: patched[each] for each in same} == {each: wanted[each] for each in same}, (
+            option
+        )
     for option, text in (("--rate-per-s", "x"), ("--header", "x"), ("--metadata", "=")):
         assert run("endpoints", "patch", made["id"], option, text, **client).code == 2
     zero = run("endpoints", "patch", made["id"], "--rate-per-s", "0", **client)
