@@ -299,7 +299,7 @@ async def test_a_file_erased_while_a_task_waits_with_it_fails_the_task(tmp_path:
 
 
 async def test_a_file_erased_during_its_upload_is_erased_at_the_upstream(tmp_path: Any) -> None:
-    async with world(tmp_path, sandbox=options(upload_delay=0.5)) as there:
+    async with world(tmp_path, sandbox=options(upload_delay=2)) as there:
 
         async def copies() -> int:
             listed = (await there.sandbox.get("/api/v1/files/list")).json()["data"]
