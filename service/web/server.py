@@ -123,12 +123,8 @@ class AcceptLoop:
         end_slow: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._bound, self._make, self._open_count, self._end_slow = (
-            bound,
-            make,
-            open_count,
-            end_slow,
-        )
+        self._bound, self._make = bound, make
+        self._open_count, self._end_slow = open_count, end_slow
         self._opening = set[asyncio.Task[None]]()
         self._retry: asyncio.TimerHandle | None = None
         self._listen()
